@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: MIT
+"""N-pair contrastive learning with i-Mix on tables: Section 3.1 of Lee et al., "i-Mix: A Domain-Agnostic Strategy for
+Contrastive Representation Learning", ICLR 2021, https://arxiv.org/abs/2010.08887.
+
+    python npair_tabular.py                          # CovType, N-pair + i-Mix (alpha 2), the paper's recipe
+    python npair_tabular.py --alpha 0                # CovType, N-pair alone
+    python npair_tabular.py --width 8 --epochs 40    # the same, small: minutes on a CPU; add --alpha 0 to compare
+    python npair_tabular.py --dataset my.csv --label-column kind --width 8    # a table of your own
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ------------------------------------------------------------------------------------------------ mixing (Section 2)
+
+
+def mixup(x, alpha):
+    """Mix each example with a random partner: MixUp (Section 2).
+
+    x: (N, ...) float; alpha > 0, of Beta(alpha, alpha). Returns x_mix (N, ...); perm (N,) int64, each example's
+    partner j; lam (N,) in [0.5, 1], the share that x_i keeps (folded to the larger share, as in the published code).
+    """
+    a = torch.full((len(x),), float(alpha), device=x.device)
+    lam = torch.distributions.Beta(a, a, validate_args=False).sample()  # lambda_i ~ Beta(alpha, alpha)  (N,)
+    lam = torch.maximum(lam, 1 - lam)
+    perm = torch.randperm(len(x), device=x.device)  # j = perm[i]  (N,)
+    lam_x = lam.view(-1, *[1] * (x.dim() - 1))  # (N, 1, ...)
+    return lam_x * x + (1 - lam_x) * x[perm], perm, lam  # Mix(x_i, x_j; lambda) = lambda x_i + (1 - lambda) x_j
+
+
+# ------------------------------------------------------------------------------------------------ loss (Section 3.1)
+
+
+def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None):
+    """The N-pair loss, with i-Mix where perm and lam are given (Section 3.1); a scalar, the batch mean.
+
+    f: (N, D) raw embeddings of the (mixed) anchors; f_tilde: (N, D), of the other views, the N classes; gradients flow
+    into both. perm (N,), lam (N,): what mixup returned. The loss is linear in the virtual label, so that of
+    lambda v_i + (1 - lambda) v_j is lambda times that of v_i plus (1 - lambda) times that of v_j.
+    """
+    with torch.autocast(f.device.type, enabled=False):  # float32 logits: bf16 would round s / tau away
+        f = F.normalize(f.float(), dim=1)  # (N, D)
+        f_tilde = F.normalize(f_tilde.float(), dim=1)  # (N, D)
+        logits = f @ f_tilde.T / temperature  # s(f_i, f~_n) / tau  (N, N)
+        log_p = F.log_softmax(logits, dim=1)  # over the classes n  (N, N)
+        loss = -log_p.diagonal()  # l(x_i, v_i)  (N,)
+        if perm is not None:
+            loss_j = -log_p.gather(1, perm[:, None]).squeeze(1)  # l(x_i, v_j)  (N,)
+            loss = lam * loss + (1 - lam) * loss_j
+        return loss.mean()
+
+
+# ---------------------------------------------------------------------------------------- networks (CovType's recipe)
+
+
+class MLP5Layer(nn.Module):
+    """The recipe's encoder `mlp_5layer`: (N, sum(groups)) float rows -> (N, 32 width) representations.
+
+    groups: the number of columns in each column group, in order. Each group passes a Linear to 64 of its own.
+    """
+
+    def __init__(self, groups, width):
+        super().__init__()
+        self.groups = list(groups)
+        self.embed = nn.ModuleList(nn.Linear(columns, 64) for columns in groups)
+        sizes = [64 * len(groups), 32 * width, 32 * width, 64 * width, 64 * width]
+        layers = [[nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(inplace=True)] for a, b in zip(sizes, sizes[1:])]
+        self.layers = nn.Sequential(*sum(layers, []), nn.Linear(64 * width, 128 * width))
+
+    def forward(self, x):
+        h = torch.cat([embed(part) for embed, part in zip(self.embed, x.split(self.groups, dim=1))], dim=1)
+        return self.layers(h).unflatten(1, (-1, 4)).max(2).values  # maxout: (N, 128 width) -> (N, 32 width)
+
+
+def projection_head(size, dim):
+    """The recipe's head, dropped after pre-training: (N, size) -> (N, dim)."""
+    return nn.Sequential(nn.Linear(size, size), nn.BatchNorm1d(size), nn.ReLU(inplace=True),
+                         nn.Linear(size, dim), nn.BatchNorm1d(dim))
+
+
+# ------------------------------------------------------------------------------------------------------- pre-training
+
+
+def schedule(step, steps, warmup):
+    """The share of the learning rate at this step (from 0) of steps: linear warm-up, then cosine decay to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def show(epoch, epochs, loss, lr, rate, left, end="\n"):
+    """Print how far pre-training is, over the terminal's last line; rate in examples/s, left in examples."""
+    start = "\r\x1b[K" if sys.stdout.isatty() else ""
+    left = timedelta(seconds=round(left / rate))
+    print(f"{start}epoch {epoch}/{epochs}  loss {loss}  lr {lr:.4f}  {rate:,.0f} examples/s  {left} left", end=end,
+          flush=True)
+
+
+def pretrain(encoder, head, loader, *, alpha=2.0, epochs=500, lr=0.25, weight_decay=1e-4, temperature=0.1,
+             warmup_epochs=10, amp=None, compile=False, state=None, after_epoch=None):
+    """Pre-train encoder and head, in place, on the device that they are on; returns the log, a dict an epoch.
+
+    loader: any iterable with a len() that yields (x, x_tilde), two float views (N, ...) of one batch.
+    alpha: of Beta(alpha, alpha); 0 is N-pair alone. lr: at this batch size (the recipe's is 0.125 N/256).
+    amp: None, torch.bfloat16 or torch.float16. after_epoch(log, get_state): called after each epoch; what get_state()
+    returned in an earlier run is the state to go on from. Raises FloatingPointError once the loss is not finite.
+    """
+    device = next(encoder.parameters()).device
+    model = nn.Sequential(encoder, head)
+    forward = torch.compile(model) if compile else model
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    parts, log = {"model": model, "optimizer": optimizer, "scaler": scaler}, []
+    cuda = device.type == "cuda"
+    if state:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        log = state["log"]
+        torch.set_rng_state(state["rng"])
+        if cuda and state["rng_cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng_cuda"], device)
+
+    def get_state():
+        return {name: part.state_dict() for name, part in parts.items()} | {
+            "log": log, "rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state(device) if cuda else None}
+
+    steps, last_loss = len(loader), "-"
+    for epoch in range(len(log) + 1, epochs + 1):
+        model.train()
+        start = shown = time.monotonic()
+        total, examples = torch.zeros((), device=device), 0
+        for step, (x, x_tilde) in enumerate(loader, start=(epoch - 1) * steps):
+            x, x_tilde = x.to(device, non_blocking=True), x_tilde.to(device, non_blocking=True)  # (N, ...) each
+            optimizer.param_groups[0]["lr"] = lr_now = lr * schedule(step, epochs * steps, warmup_epochs * steps)
+            x, perm, lam = mixup(x, alpha) if alpha > 0 else (x, None, None)  # only the anchors are mixed
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                f, f_tilde = forward(torch.cat([x, x_tilde])).chunk(2)  # one pass: BatchNorm sees both  (N, D) each
+            loss = n_pair_loss(f, f_tilde, temperature, perm, lam)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            total += loss.detach()
+            examples += len(x)
+            if sys.stdout.isatty() and (now := time.monotonic()) - shown > 1:  # last epoch's loss: no wait for this one
+                shown = now
+                show(epoch, epochs, last_loss, lr_now, examples / (now - start), (epochs * steps - step) * len(x), "")
+        mean_loss = float(total) / steps  # the epoch's one wait for the device
+        weights = sum(p.detach().sum() for p in model.parameters())
+        if not math.isfinite(mean_loss + float(weights)):  # the weights too: the last step may have broken them
+            raise FloatingPointError(f"the loss is no longer finite in epoch {epoch}")
+        rate, last_loss = examples / (time.monotonic() - start), f"{mean_loss:.4f}"
+        log.append({"epoch": epoch, "loss": mean_loss, "lr": lr_now, "examples_per_s": round(rate, 1)})
+        show(epoch, epochs, last_loss, lr_now, rate, (epochs - epoch) * examples)
+        if after_epoch:
+            after_epoch(log, get_state)
+    return log
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def fail(message, code=2):
+    """End the program with one line on stderr."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def number(kind, low, high, what):
+    """An argparse type: a number of this kind with low <= number < high; what names the range in the error."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) < high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+    return parse
+
+
+def pick_device(text):
+    """An argparse type: the torch.device that auto, cpu, cuda, cuda:1 or mps stands for."""
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = text.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if not (index or "0").isdigit() or int(index or 0) >= there.get(kind, 0):
+        here = ", ".join(f"{kind} ({count})" for kind, count in there.items() if count)
+        raise argparse.ArgumentTypeError(f"{text} is not on this machine, which has: {here}")
+    return torch.device(text)
+
+
+def autocast_dtype(amp, device):
+    """What --amp stands for on this device: torch.bfloat16, torch.float16 (with a GradScaler), or None for float32."""
+    if amp == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "bf16" if bf16 else "fp16" if device.type == "cuda" else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def save(value, path):
+    """Write value to path, as JSON or as torch.save does, whole or not at all."""
+    part = path.with_name(path.name + ".tmp")
+    if path.suffix == ".json":
+        part.write_text(json.dumps(value, indent=2) + "\n")
+    else:
+        torch.save(value, part)
+    os.replace(part, path)
+
+
+def load_checkpoint(path, flags):
+    """The state saved at path by a run with the same flags; anything else ends the program."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        made_with = state["flags"]
+        assert made_with.keys() == flags.keys()
+    except Exception:  # a damaged file makes torch.load raise almost anything
+        fail(f"{path} is cut short or not this script's checkpoint; it is left as it is: move it away to start anew")
+    for flag, value in flags.items():
+        if made_with[flag] != value:
+            fail(f"--{flag.replace('_', '-')} {value} contradicts {path}, made with {made_with[flag]}: "
+                 "go on with the same flags, or start another run with --out")
+    return state
+
+
+def parse_args(argv):
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            fail(f"{message} (--help lists the flags)")
+
+    positive = number(float, math.ulp(0), math.inf, "a finite number above 0")
+    not_negative = number(float, 0, math.inf, "a finite number of at least 0")
+    share = number(float, 0, 1, "a number from 0 to below 1")
+    count = number(int, 1, 1e6, "a whole number from 1 to 999999")
+    count_or_0 = number(int, 0, 1e6, "a whole number from 0 to 999999")
+    parser = Parser(description=__doc__, formatter_class=Formatter)
+    add = parser.add_argument
+    add("--dataset", default="covtype", help="covtype, digits, or the path of a CSV file")
+    add("--label-column", metavar="NAME", help="CSV: the column that holds the labels")
+    add("--test-share", type=share, default=0.2, help="CSV: the share of the rows to test on")
+    add("--standardize", choices=["train", "all"], default="train", help="by which rows' mean and standard deviation")
+    add("--data-dir", type=Path, default="data", help="where covtype lies")
+    add("--mask", type=share, default=0.2, help="probability that a view zeroes a continuous value")
+    add("--alpha", type=not_negative, default=2.0, help="of Beta(alpha, alpha); 0: no i-Mix")
+    add("--epochs", type=count, default=500, help="of pre-training")
+    add("--batch-size", type=count, default=512, help="N")
+    add("--lr", type=positive, default=0.125, help="learning rate per 256 examples")
+    add("--weight-decay", type=not_negative, default=1e-4, help="of SGD")
+    add("--temperature", type=positive, default=0.1, help="tau")
+    add("--warmup-epochs", type=count_or_0, help="10, or a quarter of --epochs if that is less, unless given")
+    add("--dim", type=count, default=128, help="D, the embedding's size")
+    add("--width", type=count, default=64, help="w of the encoder, whose representations are 32 w long")
+    add("--device", type=pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 or fp16 on CUDA, else off")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--seed", type=count_or_0, default=0, help="of all that is random but a CSV's split")
+    add("--out", type=Path, help="run folder: runs/npair_tabular-DATASET-alphaA-seedS unless given")
+    add("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
+    add("--eval-every", type=count_or_0, default=0, help="epochs between linear evaluations; 0: only at the end")
+    add("--linear-epochs", type=count, default=100, help="of the linear evaluation")
+    args = parser.parse_args(argv)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(10, args.epochs // 4)
+    if args.warmup_epochs > args.epochs:
+        parser.error(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+    if args.batch_size == 1:
+        parser.error("--batch-size 1 leaves nothing to contrast an example with: give 2 or more")
+    if args.out is None:
+        name = Path(args.dataset).name.split(".")[0]
+        args.out = Path("runs", f"npair_tabular-{name}-alpha{args.alpha:g}-seed{args.seed}")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    signal.signal(signal.SIGINT, lambda *_: fail(f"stopped; to go on: python {shlex.join(sys.argv)} --resume", 130))
+    config = {flag: str(v) if isinstance(v, Path | torch.device) else v for flag, v in vars(args).items()}
+    free = ("data_dir", "device", "compile", "out", "resume", "eval_every", "linear_epochs")  # may change on the way
+    flags = {flag: v for flag, v in config.items() if flag not in free}
+    out, checkpoint, device = args.out, args.out / "checkpoint.pt", args.device
+    if (out / "config.json").exists() and not args.resume:
+        fail(f"{out} already holds a run: go on with it with --resume, or choose another folder with --out")
+    state = load_checkpoint(checkpoint, flags) if checkpoint.exists() else None
+
+    import common
+
+    try:
+        data = common.load(args.dataset, args.data_dir, device, mask=args.mask, standardize=args.standardize,
+                           label_column=args.label_column, test_share=args.test_share)
+    except common.DataError as error:
+        fail(error)
+    if args.batch_size > len(data.x_train):
+        fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training rows of {args.dataset}")
+    commit = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save(config | {"torch": torch.__version__, "commit": commit.stdout.strip() or None}, out / "config.json")
+        log = [",".join(map(str, row.values())) + "\n" for row in (state["log"] if state else [])]
+        (out / "log.csv").write_text("epoch,loss,lr,examples_per_s\n" + "".join(log))
+    except OSError as error:
+        fail(f"{out} can't be written ({error.strerror}): choose another folder with --out")
+
+    torch.backends.cuda.matmul.allow_tf32 = False  # what autocast leaves in float32 (logits) stays float32
+    amp = autocast_dtype(args.amp, device)
+    torch.manual_seed(args.seed)
+    encoder = MLP5Layer(data.groups, args.width).to(device)
+    head = projection_head(32 * args.width, args.dim).to(device)
+    size = sum(p.numel() for p in [*encoder.parameters(), *head.parameters()]) / 1e6
+    print(f"{args.dataset}: {len(data.x_train):,} training rows, {len(data.x_test):,} test rows, {sum(data.groups)} "
+          f"columns, {data.num_classes} classes\n{size:.1f} M parameters on {device}, autocast {amp or 'off'}; {out}")
+    saved = cost = -math.inf
+
+    def after_epoch(log, get_state):
+        nonlocal saved, cost
+        with open(out / "log.csv", "a") as file:
+            print(*log[-1].values(), sep=",", file=file)
+        start = time.monotonic()
+        if start - saved > 50 * cost or len(log) == args.epochs:  # checkpoints take at most 2 % of the time
+            save(get_state() | {"flags": flags}, checkpoint)
+            saved = time.monotonic()
+            cost = saved - start
+        if args.eval_every and len(log) % args.eval_every == 0 and len(log) < args.epochs:
+            result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
+            print(f"epoch {len(log)}: test accuracy {result['test_accuracy']:.4f}")
+
+    try:
+        pretrain(encoder, head, common.TwoViews(data.x_train, data.view, args.batch_size), alpha=args.alpha,
+                 epochs=args.epochs, lr=args.lr * args.batch_size / 256, weight_decay=args.weight_decay,
+                 temperature=args.temperature, warmup_epochs=args.warmup_epochs, amp=amp, compile=args.compile,
+                 state=state, after_epoch=after_epoch)
+    except FloatingPointError as error:
+        fail(f"{error}: the last good checkpoint is {checkpoint}; a lower --lr may help (a new run, by --out)", 1)
+    save({name: tensor.cpu() for name, tensor in encoder.state_dict().items()}, out / "encoder.pt")
+    result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
+    save(result, out / "result.json")
+    print(f"test accuracy {result['test_accuracy']:.4f}, train accuracy {result['train_accuracy']:.4f} "
+          f"({result['protocol']}); {out}")
+
+
+if __name__ == "__main__":
+    main()
