@@ -21,6 +21,9 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 
+COVTYPE_TRAIN, COVTYPE_TEST = 15_120, 565_892  # rows
+
+
 class DataError(Exception):
     """Data that can't be used; the message is one line that says what to do."""
 
@@ -105,7 +108,7 @@ def split(x, y, test_share):
 
 
 def read_covtype(data_dir):
-    """UCI Covertype in its original order: the first 15,120 rows (2,160 of each class) train, the other 565,892 test.
+    """UCI Covertype in its original order: the first 15,120 rows (2,160 of each class) to train on, the rest to test.
 
     Read from data_dir in any form that UCI ships or people keep, else downloaded there by scikit-learn, which checks
     the digest. Copyright Jock A. Blackard and Colorado State University.
@@ -123,14 +126,13 @@ def read_covtype(data_dir):
         what = f"{path} can't be read" if path else f"CovType is not in {data_dir} and could not be downloaded"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{what} ({reason}): run `make covtype`, or put UCI's covtype.data.gz there") from None
-    if rows.shape != (581_012, 55):
-        raise DataError(f"{path or data_dir} holds {rows.shape[0]:,} rows of {rows.shape[1]} columns, and CovType has "
-                        "581,012 of 55: run `make covtype`, or put UCI's covtype.data.gz there")
-    if not np.isin(rows[:, 54], range(1, 8)).all() or (np.bincount(rows[:15_120, 54].astype(np.int64))[1:] != 2160).any():
-        raise DataError(f"{path or data_dir} is not CovType in its original order (the first 15,120 rows hold 2,160 of "
-                        "each class): run `make covtype`, or put UCI's covtype.data.gz there")
+    counts = [(rows[:COVTYPE_TRAIN, -1] == label).sum() for label in range(1, 8)]
+    if rows.shape != (COVTYPE_TRAIN + COVTYPE_TEST, 55) or counts != [COVTYPE_TRAIN // 7] * 7:
+        raise DataError(f"{path or data_dir} is not UCI's CovType in its original order, {COVTYPE_TRAIN + COVTYPE_TEST:,} "
+                        f"rows of 55 columns, the first {COVTYPE_TRAIN:,} with each class alike, but {rows.shape[0]:,} of "
+                        f"{rows.shape[1]}: run `make covtype`, or put UCI's covtype.data.gz there")
     x, y = rows[:, :54], rows[:, 54].astype(np.int64) - 1
-    return x[:15_120], y[:15_120], x[15_120:], y[15_120:], [10, 4, 40], 10
+    return x[:COVTYPE_TRAIN], y[:COVTYPE_TRAIN], x[COVTYPE_TRAIN:], y[COVTYPE_TRAIN:], [10, 4, 40], 10
 
 
 def read_csv(path, label_column, test_share):
@@ -150,6 +152,8 @@ def read_csv(path, label_column, test_share):
         raise DataError(f"{path}: {hint}; its columns are: {', '.join(map(str, frame.columns))}")
     if not isinstance(frame.index, pd.RangeIndex):
         raise DataError(f"{path}: the rows have more fields than the header line: give each column a name")
+    if frame.empty:
+        raise DataError(f"{path}: no rows below the header line")
     for column in frame:
         if (missing := frame[column].isna()).any():
             raise DataError(f"{path}: column '{column}', row {missing.argmax() + 1}: the value is missing: fill it in, "
@@ -158,7 +162,7 @@ def read_csv(path, label_column, test_share):
     labels = frame.pop(label_column)
     classes, y, counts = np.unique(labels.to_numpy(), return_inverse=True, return_counts=True)
     if len(classes) < 2:
-        raise DataError(f"{path}: column '{label_column}' needs labels of at least two classes, in at least four rows")
+        raise DataError(f"{path}: column '{label_column}' holds one class, '{classes[0]}': give rows of two or more")
     if counts.min() < 2:
         once = classes[counts.argmin()]
         raise DataError(f"{path}: column '{label_column}', row {(labels == once).argmax() + 1}: the label '{once}' is "
@@ -187,8 +191,8 @@ def read_csv(path, label_column, test_share):
                                 f"'{values[not_numbers.argmax()]}' is not a number, and most of the column is: correct "
                                 "it, or remove the row or the column")
             if different > 256 or different == len(values):
-                raise DataError(f"{path}: column '{column}', row 1: the column holds {different:,} different texts, too "
-                                "many for one-hot: remove it, or group them")
+                raise DataError(f"{path}: column '{column}', row 1 and on: {different:,} different texts are too many "
+                                "for one-hot: remove the column, or group its values")
             one_hots.append(pd.get_dummies(values).to_numpy(np.float64))
     if left_out:
         print(f"{path}: left out {', '.join(left_out)}", flush=True)

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -25,9 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ------------------------------------------------------------------------------------------------ mixing (Section 2)
-
-
+# ------------------------------------------------------------------------------------------------- mixing (Section 2)
 def mixup(x, alpha):
     """Mix each example with a random partner: MixUp (Section 2).
 
@@ -42,9 +39,7 @@ def mixup(x, alpha):
     return lam_x * x + (1 - lam_x) * x[perm], perm, lam  # Mix(x_i, x_j; lambda) = lambda x_i + (1 - lambda) x_j
 
 
-# ------------------------------------------------------------------------------------------------ loss (Section 3.1)
-
-
+# ------------------------------------------------------------------------------------------------- loss (Section 3.1)
 def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None):
     """The N-pair loss, with i-Mix where perm and lam are given (Section 3.1); a scalar, the batch mean.
 
@@ -65,8 +60,6 @@ def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None):
 
 
 # ---------------------------------------------------------------------------------------- networks (CovType's recipe)
-
-
 class MLP5Layer(nn.Module):
     """The recipe's encoder `mlp_5layer`: (N, sum(groups)) float rows -> (N, 32 width) representations.
 
@@ -93,10 +86,8 @@ def projection_head(size, dim):
 
 
 # ------------------------------------------------------------------------------------------------------- pre-training
-
-
 def schedule(step, steps, warmup):
-    """The share of the learning rate at this step (from 0) of steps: linear warm-up, then cosine decay to 0."""
+    """The share of the learning rate at step 0, 1, ... of steps: linear warm-up to 1, then cosine decay towards 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -106,12 +97,12 @@ def show(epoch, epochs, loss, lr, rate, left, end="\n"):
     """Print how far pre-training is, over the terminal's last line; rate in examples/s, left in examples."""
     start = "\r\x1b[K" if sys.stdout.isatty() else ""
     left = timedelta(seconds=round(left / rate))
-    print(f"{start}epoch {epoch}/{epochs}  loss {loss}  lr {lr:.4f}  {rate:,.0f} examples/s  {left} left", end=end,
-          flush=True)
+    text = f"{start}epoch {epoch}/{epochs}  loss {loss}  lr {lr:.4f}  {rate:,.0f} examples/s  {left} left"
+    print(text, end=end, flush=True)
 
 
 def pretrain(encoder, head, loader, *, alpha=2.0, epochs=500, lr=0.25, weight_decay=1e-4, temperature=0.1,
-             warmup_epochs=10, amp=None, compile=False, state=None, after_epoch=None):
+             warmup_epochs=10, amp=None, compile=False, state=None, after_epoch=lambda log, get_state: None):
     """Pre-train encoder and head, in place, on the device that they are on; returns the log, a dict an epoch.
 
     loader: any iterable with a len() that yields (x, x_tilde), two float views (N, ...) of one batch.
@@ -123,28 +114,28 @@ def pretrain(encoder, head, loader, *, alpha=2.0, epochs=500, lr=0.25, weight_de
     model = nn.Sequential(encoder, head)
     forward = torch.compile(model) if compile else model
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    for p in model.parameters():  # else fused SGD leaves them uninitialised where fp16 overflows in the first step
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    parts, log = {"model": model, "optimizer": optimizer, "scaler": scaler}, []
-    cuda = device.type == "cuda"
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     if state:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        log = state["log"]
         torch.set_rng_state(state["rng"])
-        if cuda and state["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng_cuda"], device)
+        torch.cuda.set_rng_state_all(state["rng_cuda"][: torch.cuda.device_count()])
+    log, steps, last_loss = state["log"] if state else [], len(loader), "-"
 
     def get_state():
-        return {name: part.state_dict() for name, part in parts.items()} | {
-            "log": log, "rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state(device) if cuda else None}
+        rng = {"rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
+        return {name: part.state_dict() for name, part in parts.items()} | rng | {"log": log}
 
-    steps, last_loss = len(loader), "-"
     for epoch in range(len(log) + 1, epochs + 1):
         model.train()
         start = shown = time.monotonic()
-        total, examples = torch.zeros((), device=device), 0
-        for step, (x, x_tilde) in enumerate(loader, start=(epoch - 1) * steps):
+        total = torch.zeros((), device=device)
+        for i, (x, x_tilde) in enumerate(loader):
             x, x_tilde = x.to(device, non_blocking=True), x_tilde.to(device, non_blocking=True)  # (N, ...) each
+            step = (epoch - 1) * steps + i
             optimizer.param_groups[0]["lr"] = lr_now = lr * schedule(step, epochs * steps, warmup_epochs * steps)
             x, perm, lam = mixup(x, alpha) if alpha > 0 else (x, None, None)  # only the anchors are mixed
             with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -155,25 +146,21 @@ def pretrain(encoder, head, loader, *, alpha=2.0, epochs=500, lr=0.25, weight_de
             scaler.step(optimizer)
             scaler.update()
             total += loss.detach()
-            examples += len(x)
             if sys.stdout.isatty() and (now := time.monotonic()) - shown > 1:  # last epoch's loss: no wait for this one
-                shown = now
-                show(epoch, epochs, last_loss, lr_now, examples / (now - start), (epochs * steps - step) * len(x), "")
+                shown, rate = now, (i + 1) * len(x) / (now - start)
+                show(epoch, epochs, last_loss, lr_now, rate, (epochs * steps - step) * len(x), end="")
         mean_loss = float(total) / steps  # the epoch's one wait for the device
         weights = sum(p.detach().sum() for p in model.parameters())
         if not math.isfinite(mean_loss + float(weights)):  # the weights too: the last step may have broken them
             raise FloatingPointError(f"the loss is no longer finite in epoch {epoch}")
-        rate, last_loss = examples / (time.monotonic() - start), f"{mean_loss:.4f}"
+        rate, last_loss = steps * len(x) / (time.monotonic() - start), f"{mean_loss:.4f}"
         log.append({"epoch": epoch, "loss": mean_loss, "lr": lr_now, "examples_per_s": round(rate, 1)})
-        show(epoch, epochs, last_loss, lr_now, rate, (epochs - epoch) * examples)
-        if after_epoch:
-            after_epoch(log, get_state)
+        show(epoch, epochs, last_loss, lr_now, rate, (epochs - epoch) * steps * len(x))
+        after_epoch(log, get_state)
     return log
 
 
 # ------------------------------------------------------------------------------------------------------- command line
-
-
 def fail(message, code=2):
     """End the program with one line on stderr."""
     print(f"{Path(__file__).name}: {message}", file=sys.stderr)
@@ -192,29 +179,25 @@ def number(kind, low, high, what):
 
 def pick_device(text):
     """An argparse type: the torch.device that auto, cpu, cuda, cuda:1 or mps stands for."""
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = text.partition(":")
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if not (index or "0").isdigit() or int(index or 0) >= there.get(kind, 0):
-        here = ", ".join(f"{kind} ({count})" for kind, count in there.items() if count)
-        raise argparse.ArgumentTypeError(f"{text} is not on this machine, which has: {here}")
-    return torch.device(text)
+    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
+    name = {"auto": [*here, "cpu"][0], "cuda": "cuda:0"}.get(text, text)
+    if name not in [*here, "cpu"]:
+        raise argparse.ArgumentTypeError(f"{text} is not on this machine, which has {', '.join([*here, 'cpu'])}")
+    return torch.device(name)
 
 
 def autocast_dtype(amp, device):
     """What --amp stands for on this device: torch.bfloat16, torch.float16 (with a GradScaler), or None for float32."""
-    if amp == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = "bf16" if bf16 else "fp16" if device.type == "cuda" else "off"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
 def save(value, path):
     """Write value to path, as JSON or as torch.save does, whole or not at all."""
     part = path.with_name(path.name + ".tmp")
     if path.suffix == ".json":
-        part.write_text(json.dumps(value, indent=2) + "\n")
+        part.write_text(json.dumps(value, indent=2, default=str) + "\n")
     else:
         torch.save(value, part)
     os.replace(part, path)
@@ -224,41 +207,33 @@ def load_checkpoint(path, flags):
     """The state saved at path by a run with the same flags; anything else ends the program."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = state["flags"]
-        assert made_with.keys() == flags.keys()
+        other = [flag for flag in flags if state["flags"][flag] != flags[flag]]
     except Exception:  # a damaged file makes torch.load raise almost anything
         fail(f"{path} is cut short or not this script's checkpoint; it is left as it is: move it away to start anew")
-    for flag, value in flags.items():
-        if made_with[flag] != value:
-            fail(f"--{flag.replace('_', '-')} {value} contradicts {path}, made with {made_with[flag]}: "
-                 "go on with the same flags, or start another run with --out")
+    for flag in other:
+        fail(f"--{flag.replace('_', '-')} {flags[flag]} contradicts {path}, made with {state['flags'][flag]}: go on "
+             "with the same flags, or start another run with --out")
     return state
 
 
 def parse_args(argv):
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            fail(f"{message} (--help lists the flags)")
-
     positive = number(float, math.ulp(0), math.inf, "a finite number above 0")
     not_negative = number(float, 0, math.inf, "a finite number of at least 0")
-    share = number(float, 0, 1, "a number from 0 to below 1")
     count = number(int, 1, 1e6, "a whole number from 1 to 999999")
     count_or_0 = number(int, 0, 1e6, "a whole number from 0 to 999999")
-    parser = Parser(description=__doc__, formatter_class=Formatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: fail(f"{message} (--help lists the flags)")
     add = parser.add_argument
     add("--dataset", default="covtype", help="covtype, digits, or the path of a CSV file")
     add("--label-column", metavar="NAME", help="CSV: the column that holds the labels")
-    add("--test-share", type=share, default=0.2, help="CSV: the share of the rows to test on")
+    add("--test-share", type=number(float, math.ulp(0), 1, "between 0 and 1"), default=0.2, help="CSV: the share of the rows to test on")
     add("--standardize", choices=["train", "all"], default="train", help="by which rows' mean and standard deviation")
     add("--data-dir", type=Path, default="data", help="where covtype lies")
-    add("--mask", type=share, default=0.2, help="probability that a view zeroes a continuous value")
+    add("--mask", type=number(float, 0, 1, "from 0 to below 1"), default=0.2, help="probability that a view zeroes a continuous value")
     add("--alpha", type=not_negative, default=2.0, help="of Beta(alpha, alpha); 0: no i-Mix")
     add("--epochs", type=count, default=500, help="of pre-training")
-    add("--batch-size", type=count, default=512, help="N")
+    add("--batch-size", type=number(int, 2, 1e6, "a whole number from 2 to 999999"), default=512, help="N")
     add("--lr", type=positive, default=0.125, help="learning rate per 256 examples")
     add("--weight-decay", type=not_negative, default=1e-4, help="of SGD")
     add("--temperature", type=positive, default=0.1, help="tau")
@@ -278,27 +253,20 @@ def parse_args(argv):
         args.warmup_epochs = min(10, args.epochs // 4)
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
-    if args.batch_size == 1:
-        parser.error("--batch-size 1 leaves nothing to contrast an example with: give 2 or more")
-    if args.out is None:
-        name = Path(args.dataset).name.split(".")[0]
-        args.out = Path("runs", f"npair_tabular-{name}-alpha{args.alpha:g}-seed{args.seed}")
+    dataset = Path(args.dataset).name.split(".")[0]
+    args.out = args.out or Path(f"runs/npair_tabular-{dataset}-alpha{args.alpha:g}-seed{args.seed}")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    signal.signal(signal.SIGINT, lambda *_: fail(f"stopped; to go on: python {shlex.join(sys.argv)} --resume", 130))
-    config = {flag: str(v) if isinstance(v, Path | torch.device) else v for flag, v in vars(args).items()}
+    import common
     free = ("data_dir", "device", "compile", "out", "resume", "eval_every", "linear_epochs")  # may change on the way
-    flags = {flag: v for flag, v in config.items() if flag not in free}
+    flags = {flag: value for flag, value in vars(args).items() if flag not in free}
     out, checkpoint, device = args.out, args.out / "checkpoint.pt", args.device
     if (out / "config.json").exists() and not args.resume:
         fail(f"{out} already holds a run: go on with it with --resume, or choose another folder with --out")
     state = load_checkpoint(checkpoint, flags) if checkpoint.exists() else None
-
-    import common
-
     try:
         data = common.load(args.dataset, args.data_dir, device, mask=args.mask, standardize=args.standardize,
                            label_column=args.label_column, test_share=args.test_share)
@@ -306,10 +274,11 @@ def main(argv=None):
         fail(error)
     if args.batch_size > len(data.x_train):
         fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training rows of {args.dataset}")
-    commit = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    here = shlex.quote(str(Path(__file__).resolve().parent))
+    commit = subprocess.getoutput(f"git -C {here} rev-parse -q --verify HEAD 2>{os.devnull}") or None
     try:
         out.mkdir(parents=True, exist_ok=True)
-        save(config | {"torch": torch.__version__, "commit": commit.stdout.strip() or None}, out / "config.json")
+        save(vars(args) | {"torch": torch.__version__, "commit": commit}, out / "config.json")
         log = [",".join(map(str, row.values())) + "\n" for row in (state["log"] if state else [])]
         (out / "log.csv").write_text("epoch,loss,lr,examples_per_s\n" + "".join(log))
     except OSError as error:
@@ -320,10 +289,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     encoder = MLP5Layer(data.groups, args.width).to(device)
     head = projection_head(32 * args.width, args.dim).to(device)
-    size = sum(p.numel() for p in [*encoder.parameters(), *head.parameters()]) / 1e6
-    print(f"{args.dataset}: {len(data.x_train):,} training rows, {len(data.x_test):,} test rows, {sum(data.groups)} "
-          f"columns, {data.num_classes} classes\n{size:.1f} M parameters on {device}, autocast {amp or 'off'}; {out}")
-    saved = cost = -math.inf
+    print(f"{args.dataset}: {len(data.x_train):,} + {len(data.x_test):,} rows, {data.num_classes} classes; {device}, "
+          f"autocast {amp or 'off'}, TF32 off; {out}", flush=True)
+    saved, cost = -math.inf, 0.0  # when the last checkpoint was written, and how long that took
 
     def after_epoch(log, get_state):
         nonlocal saved, cost
@@ -344,13 +312,15 @@ def main(argv=None):
                  temperature=args.temperature, warmup_epochs=args.warmup_epochs, amp=amp, compile=args.compile,
                  state=state, after_epoch=after_epoch)
     except FloatingPointError as error:
-        fail(f"{error}: the last good checkpoint is {checkpoint}; a lower --lr may help (a new run, by --out)", 1)
+        fail(f"{error}; {checkpoint} is left as it was: a lower --lr may help, in another run with --out", 1)
     save({name: tensor.cpu() for name, tensor in encoder.state_dict().items()}, out / "encoder.pt")
     result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
     save(result, out / "result.json")
-    print(f"test accuracy {result['test_accuracy']:.4f}, train accuracy {result['train_accuracy']:.4f} "
-          f"({result['protocol']}); {out}")
+    print(f"test accuracy {result['test_accuracy']:.4f}, train accuracy {result['train_accuracy']:.4f}; {out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail(f"stopped; to go on: python {shlex.join(sys.argv)}" + " --resume" * ("--resume" not in sys.argv), 130)

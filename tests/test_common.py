@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: MIT
+"""common.py: the readers on files that the tests write, the loader, the linear evaluation."""
+
+import copy
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import common
+
+CPU = torch.device("cpu")
+
+
+# -------------------------------------------------------------------------------------------------------------- CovType
+@pytest.fixture
+def tiny_covtype(monkeypatch):
+    """21 rows in CovType's form: 14 to train on (each class twice), 7 to test."""
+    monkeypatch.setattr(common, "COVTYPE_TRAIN", 14)
+    monkeypatch.setattr(common, "COVTYPE_TEST", 7)
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.integers(-100, 7000, (21, 10)), rng.integers(0, 2, (21, 44)),
+                           np.tile(np.arange(1, 8), 3)[:, None]], axis=1)
+    return rows, "".join(",".join(map(str, row)) + "\n" for row in rows)
+
+
+def write(path, text):
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+
+
+@pytest.mark.parametrize("header", [False, True])
+@pytest.mark.parametrize("name", ["covtype.data.gz", "covtype.data", "covtype.csv", "covtype.csv.gz"])
+def test_covtype_is_read_in_each_form(tmp_path, tiny_covtype, name, header):
+    rows, text = tiny_covtype
+    write(tmp_path / name, ",".join(f"c{i}" for i in range(55)) * header + "\n" * header + text)
+    data = common.load("covtype", tmp_path, CPU, mask=0.0)
+    assert data.groups == [10, 4, 40] and data.num_classes == 7
+    assert torch.equal(data.y_train, torch.tensor(rows[:14, 54] - 1))
+    assert torch.equal(data.y_test, torch.tensor(rows[14:, 54] - 1))
+    mean, std = rows[:14, :10].mean(axis=0), rows[:14, :10].std(axis=0)
+    expected = np.concatenate([(rows[:, :10] - mean) / std, rows[:, 10:54]], axis=1)
+    torch.testing.assert_close(torch.cat([data.x_train, data.x_test]).double(), torch.tensor(expected), atol=1e-5, rtol=0)
+    of_all = common.load("covtype", tmp_path, CPU, standardize="all")
+    assert torch.cat([of_all.x_train, of_all.x_test])[:, :10].mean(dim=0).abs().max() < 1e-5
+
+
+def test_covtype_by_download(tmp_path, tiny_covtype, monkeypatch):
+    rows, _ = tiny_covtype
+    monkeypatch.setattr(common, "fetch_covtype", lambda data_home, return_X_y: (rows[:, :54] * 1.0, rows[:, 54]))
+    assert torch.equal(common.load("covtype", tmp_path, CPU).y_test, torch.tensor(rows[14:, 54] - 1))
+
+
+def test_covtype_that_cannot_be_had(tmp_path, monkeypatch):
+    def offline(**_):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(common, "fetch_covtype", offline)
+    with pytest.raises(common.DataError) as error:
+        common.load("covtype", tmp_path, CPU)
+    assert str(error.value) == (f"CovType is not in {tmp_path} and could not be downloaded (Network is unreachable): run "
+                                "`make covtype`, or put UCI's covtype.data.gz there")
+
+
+def test_covtype_that_is_not_whole(tmp_path, tiny_covtype):
+    rows, text = tiny_covtype
+    path = tmp_path / "covtype.data.gz"
+
+    def error():
+        with pytest.raises(common.DataError) as caught:
+            common.load("covtype", tmp_path, CPU)
+        assert "\n" not in str(caught.value) and "run `make covtype`" in str(caught.value)
+        return str(caught.value)
+
+    path.write_bytes(gzip.compress(text.encode())[:-40])
+    assert error().startswith(f"{path} can't be read (")
+    path.write_bytes(b"")
+    assert error().startswith(f"{path} can't be read (")
+    write(path, "".join(text.splitlines(keepends=True)[:-1]))
+    assert "but 20 of 55" in error()
+    write(path, "".join(reversed(text.splitlines(keepends=True)[:-1])) + "0" * 3 + text.splitlines()[-1] + "\n")
+    lines = text.splitlines(keepends=True)
+    write(path, "".join(lines[7:8] * 14 + lines[14:]))
+    assert "in its original order" in error()
+    write(path, text.replace(lines[3].split(",")[0], "many", 1))
+    assert error().startswith(f"{path} can't be read (")
+
+
+@pytest.mark.skipif(not Path("data/covtype.csv").exists(), reason="needs data/covtype.csv (make covtype)")
+def test_real_covtype():
+    data = common.load("covtype", "data", CPU)
+    assert data.x_train.shape == (15_120, 54) and data.x_test.shape == (565_892, 54)
+    assert data.y_train.bincount().tolist() == [2160] * 7
+    assert data.x_train[:, 10:14].sum(dim=1).eq(1).all() and data.x_test[:, 14:].sum(dim=1).eq(1).all()
+
+
+# ------------------------------------------------------------------------------------------------- digits and one's own
+def test_digits():
+    data = common.load("digits", "nowhere", CPU)
+    assert data.x_train.shape == (1437, 64) and data.x_test.shape == (360, 64)
+    assert data.num_classes == 10 and data.groups == [64]
+    assert data.y_test.bincount().min() >= 35
+    assert torch.equal(data.y_test, common.load("digits", "nowhere", CPU).y_test)
+
+
+def frame(n=60):
+    rng = np.random.default_rng(0)
+    return pd.DataFrame({
+        "height": rng.normal(170, 10, n), "member": rng.integers(0, 2, n), "flag": rng.integers(0, 2, n) * 4 - 2,
+        "colour": rng.choice(["red", "green", "blue"], n), "age": rng.integers(1, 90, n),
+        "species": np.array(["cat", "dog", "emu"])[np.arange(n) % 3]})
+
+
+def load_csv(table, path, column="species", **options):
+    table.to_csv(path, index=False) if isinstance(table, pd.DataFrame) else write(path, table)
+    return common.load(str(path), "data", CPU, label_column=column, **options)
+
+
+@pytest.mark.parametrize("name", ["my.csv", "my.csv.gz"])
+def test_csv_columns_by_kind(tmp_path, name):
+    table = frame()
+    data = load_csv(table, tmp_path / name, test_share=0.25)
+    assert data.x_train.shape == (45, 7) and data.x_test.shape == (15, 7)
+    assert data.groups == [2, 2, 3] and data.num_classes == 3
+    assert data.y_test.bincount().tolist() == [5, 5, 5]
+    assert data.x_train[:, :2].mean(dim=0).abs().max() < 1e-5
+    torch.testing.assert_close(data.x_train[:, :2].std(dim=0, correction=0), torch.ones(2))
+    assert set(data.x_train[:, 2].tolist()) == {0, 1} and set(data.x_train[:, 3].tolist()) == {-2, 2}
+    assert data.x_train[:, 4:].sum(dim=1).eq(1).all()
+    again = load_csv(table, tmp_path / name, test_share=0.25)
+    assert torch.equal(data.x_train, again.x_train)
+    # each row kept its label: the labels follow a column that tells them apart
+    table["age"] = np.arange(60) % 3 * 10
+    data = load_csv(table, tmp_path / name, test_share=0.25)
+    assert torch.equal(data.x_test[:, 1].argsort().argsort() // 5, data.y_test)
+
+
+@pytest.mark.parametrize("labels", [[5, 7, 9], ["a", "b", "c"], [0.5, 1.5, 2.5], ["2020-01-01", "x", "None"]])
+def test_csv_labels_of_any_type(tmp_path, labels):
+    table = frame().assign(species=np.array(labels, dtype=object)[np.arange(60) % 3])
+    assert load_csv(table, tmp_path / "my.csv").y_test.bincount().tolist() == [4, 4, 4]
+
+
+def test_csv_true_and_false_are_two_values(tmp_path):
+    data = load_csv(frame()[["species"]].assign(b=np.arange(60) % 2 == 0), tmp_path / "my.csv")
+    assert data.groups == [1] and set(data.x_train.flatten().tolist()) == {0, 1}
+
+
+def test_csv_leaves_out_what_says_nothing(tmp_path, capsys):
+    table = frame().assign(one=1, also="same")
+    table.insert(0, "Unnamed: 0", np.arange(60))
+    table["id"] = np.random.default_rng(0).permutation(60) + 1000
+    data = load_csv(table, tmp_path / "my.csv")
+    assert data.groups == [2, 2, 3]
+    assert capsys.readouterr().out == (f"{tmp_path / 'my.csv'}: left out 'Unnamed: 0' (counts the rows), 'one' (constant), "
+                                       "'also' (constant), 'id' (counts the rows)\n")
+
+
+def changed(row, column, value):
+    table = frame().astype({"height": object, "age": object, "colour": object, "species": object})
+    table.loc[row - 1, column] = value
+    return table
+
+
+BAD_CSV = {
+    "a number is missing": (changed(7, "age", None), "column 'age', row 7: the value is missing: fill it in, or remove "
+                            "the row or the column"),
+    "a label is missing": (changed(9, "species", None), "column 'species', row 9: the value is missing: fill it in, or "
+                           "remove the row or the column"),
+    "infinite": (changed(3, "height", "inf"), "column 'height', row 3: inf is not a finite number of single precision: "
+                 "correct it, or remove the row or the column"),
+    "too large": (changed(4, "height", 1e300), "column 'height', row 4: 1e+300 is not a finite number of single "
+                  "precision: correct it, or remove the row or the column"),
+    "text among numbers": (changed(5, "age", "?"), "column 'age', row 5: '?' is not a number, and most of the column is: "
+                           "correct it, or remove the row or the column"),
+    "NA among numbers": (changed(6, "age", "NA"), "column 'age', row 6: 'NA' is not a number, and most of the column "
+                         "is: correct it, or remove the row or the column"),
+    "a label seen once": (changed(8, "species", "yak"), "column 'species', row 8: the label 'yak' is seen only once, and "
+                          "a class needs a row to train on and one to test: remove the row or merge the label into "
+                          "another"),
+    "names": (frame().assign(name=[f"n{i}" for i in range(60)]), "column 'name', row 1 and on: 60 different texts are "
+              "too many for one-hot: remove the column, or group its values"),
+    "one class": (frame().assign(species="cat"), "column 'species' holds one class, 'cat': give rows of two or more"),
+    "labels alone": (frame()[["species"]], "no column is left beside the labels 'species'"),
+    "no such column": (frame().rename(columns={"species": "kind"}), "there is no column 'species'; its columns are: "
+                       "height, member, flag, colour, age, kind"),
+    "too few rows": (frame(6), "The test_size = 2 should be greater or equal to the number of classes = 3: add rows or "
+                     "change --test-share"),
+    "a header line alone": (frame(0), "no rows below the header line"),
+    "more fields than names": ("a,species\n" + "1,2,cat\n1,3,dog\n" * 9, "the rows have more fields than the header "
+                               "line: give each column a name"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_CSV)
+def test_bad_csv(tmp_path, what):
+    table, message = BAD_CSV[what]
+    with pytest.raises(common.DataError) as error:
+        load_csv(table, tmp_path / "my.csv")
+    assert str(error.value) == f"{tmp_path / 'my.csv'}: {message}"
+
+
+def test_csv_without_label_column_lists_the_columns(tmp_path):
+    with pytest.raises(common.DataError) as error:
+        load_csv(frame(), tmp_path / "my.csv", column=None)
+    assert str(error.value) == (f"{tmp_path / 'my.csv'}: say which column holds the labels with --label-column; its "
+                                "columns are: height, member, flag, colour, age, species")
+
+
+@pytest.mark.parametrize("content", [None, "", b"\xff\xfe\x00\x81" * 9, "a,b\n1,2\n1,2,3,4\n", "a folder"])
+def test_unreadable_csv(tmp_path, content):
+    path = tmp_path / "my.csv"
+    if content == "a folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(common.DataError) as error:
+        common.load(str(path), "data", CPU, label_column="b")
+    assert str(error.value).startswith(f"{path} can't be read as CSV (") and "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------------------- loader
+def test_two_views_shuffle_cover_and_drop_the_rest():
+    x = torch.arange(1, 24.0)[:, None]
+    loader = common.TwoViews(x, lambda x: x.clone(), 5)
+    first, second = ([x[:, 0] for x, _ in loader] for _ in range(2))
+    assert len(loader) == len(first) == 4
+    assert torch.cat(first).unique().numel() == 20
+    assert not torch.equal(torch.cat(first), torch.cat(second))
+    assert all(torch.equal(x, x_tilde) for x, x_tilde in loader)  # two views of the same batch
+
+
+def test_masking_is_independent_and_of_the_continuous_columns_alone(tmp_path):
+    torch.manual_seed(0)
+    table = frame(3000)
+    data = load_csv(table, tmp_path / "my.csv", mask=0.2)
+    (x, x_tilde), *_ = common.TwoViews(data.x_train, data.view, 2400)
+    masked, masked_tilde = x[:, :2] == 0, x_tilde[:, :2] == 0
+    for share, expected in [(masked, 0.2), (masked_tilde, 0.2), (masked & masked_tilde, 0.04),
+                            (masked[:, 0] & masked[:, 1], 0.04)]:
+        assert abs(share.float().mean() - expected) < 0.02
+    assert torch.equal(x[:, 2:], x_tilde[:, 2:])
+    kept = ~(masked | masked_tilde)
+    assert torch.equal(x[:, :2][kept], x_tilde[:, :2][kept])
+    unmasked = load_csv(table, tmp_path / "my.csv", mask=0.0)
+    assert torch.equal(unmasked.view(unmasked.x_train), unmasked.plain(unmasked.x_train))
+
+
+# ---------------------------------------------------------------------------------------------------- linear evaluation
+def answerable(n_test=2500, wrong=0.25):
+    """Features that are one-hot of their class; a quarter of the test labels are wrong on purpose."""
+    y_train, y_test = torch.arange(600) % 3, torch.arange(n_test) % 3
+    x_train, x_test = torch.eye(3)[y_train], torch.eye(3)[y_test]
+    y_test = torch.where(torch.arange(n_test) < wrong * n_test, (y_test + 1) % 3, y_test)
+    return common.Dataset(x_train, y_train, x_test, y_test, 3, lambda x: x, lambda x: x)
+
+
+def test_linear_eval_of_a_known_answer():
+    result = common.linear_eval(nn.Identity(), answerable(), epochs=20)
+    assert result["train_accuracy"] == 1 and result["test_accuracy"] == 0.75
+    assert result.keys() == {"test_accuracy", "train_accuracy", "protocol", "seconds"}
+
+
+def test_linear_eval_uses_batch_norm_in_eval_mode():
+    """In training mode BatchNorm would centre the shifted test features; frozen, they are all of the first class."""
+    data = answerable(wrong=0)
+    data.x_test = data.x_test * 0 + torch.tensor([9.0, 0, 0])
+    result = common.linear_eval(nn.BatchNorm1d(3), data, epochs=20)
+    assert result["test_accuracy"] == (data.y_test == 0).float().mean()
+
+
+def test_linear_eval_leaves_everything_as_it_was():
+    encoder = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    encoder[2].eval()
+    before, rng = copy.deepcopy(encoder.state_dict()), torch.get_rng_state()
+    first = common.linear_eval(encoder, answerable(), epochs=3)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+    assert [module.training for module in encoder] == [True, True, False]
+    assert all(p.grad is None and p.requires_grad for p in encoder.parameters())
+    torch.rand(5)
+    second = common.linear_eval(encoder, answerable(), epochs=3)
+    assert first | {"seconds": 0} == second | {"seconds": 0}
