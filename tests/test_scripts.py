@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: MIT
+"""The scripts as commands: the run folder, kill and resume, bad input, and each file on its own."""
+
+import ast
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import npair_tabular
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if path.name != "common.py"]
+SMALL = "--dataset digits --width 2 --batch-size 128 --linear-epochs 5 --device cpu".split()
+
+
+def command(*flags):
+    return [sys.executable, str(ROOT / "npair_tabular.py"), *SMALL, *map(str, flags)]
+
+
+def log_without_rate(out):
+    return [line.rsplit(",", 1)[0] for line in (out / "log.csv").read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------------------------------------------- run folder
+def test_a_run_writes_its_folder_and_learns(tmp_path, capsys):
+    out = tmp_path / "run"
+    npair_tabular.main([*SMALL, "--epochs", "12", "--linear-epochs", "50", "--eval-every", "6", "--out", str(out)])
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "config.json", "encoder.pt", "log.csv",
+                                                           "result.json"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["alpha"] == 2.0 and config["epochs"] == 12 and config["torch"] == torch.__version__
+    assert config["device"] == "cpu" and config["warmup_epochs"] == 3 and "commit" in config
+    lines = (out / "log.csv").read_text().splitlines()
+    assert lines[0] == "epoch,loss,lr,examples_per_s" and [line.split(",")[0] for line in lines[1:]] == \
+        [str(epoch) for epoch in range(1, 13)]
+    result = json.loads((out / "result.json").read_text())
+    assert result.keys() == {"test_accuracy", "train_accuracy", "protocol", "seconds"}
+    assert 0.8 < result["test_accuracy"] <= 1 and 0.8 < result["train_accuracy"] <= 1
+    encoder = npair_tabular.MLP5Layer([64], 2)
+    encoder.load_state_dict(torch.load(out / "encoder.pt", weights_only=True))
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^epoch \d+/12  loss \d+\.\d+  lr 0\.\d+  [\d,]+ examples/s  \d+:\d\d:\d\d left$", shown,
+                          re.M)) == 12
+    assert "\nepoch 6: test accuracy 0." in shown and f"{result['test_accuracy']:.4f}" in shown
+
+
+def test_a_terminal_sees_the_line_move(tmp_path):
+    """On a terminal the line is rewritten in place, within the epoch too."""
+    import pty
+    leader, follower = pty.openpty()
+    flags = "--width 24 --epochs 1 --batch-size 16".split()  # an epoch of some seconds
+    process = subprocess.Popen(command(*flags, "--out", tmp_path / "run"), stdout=follower, cwd=ROOT)
+    os.close(follower)
+    shown = b""
+    try:
+        while chunk := os.read(leader, 65536):
+            shown += chunk
+    except OSError:  # the other end is closed
+        pass
+    assert process.wait() == 0
+    assert re.search(rb"\r\x1b\[Kepoch 1/1  loss -  lr 0\.\d+  [\d,]+ examples/s  0:00:\d\d left\r", shown), shown
+    assert b"linear evaluation: test rows" in shown
+
+
+def test_evaluating_on_the_way_changes_nothing(tmp_path):
+    for name, flags in (("with", ["--eval-every", "1"]), ("without", [])):
+        npair_tabular.main([*SMALL, "--epochs", "3", "--out", str(tmp_path / name), *flags])
+    assert log_without_rate(tmp_path / "with") == log_without_rate(tmp_path / "without")
+
+
+# ------------------------------------------------------------------------------------------------------ kill and resume
+def start(out, *flags):
+    process = subprocess.Popen(command(*flags, "--out", out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               cwd=ROOT)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    return process
+
+
+def test_killed_and_resumed_is_bit_identical(tmp_path):
+    flags = ["--epochs", "30", "--width", "4"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    began = time.monotonic()
+    process = start(whole, *flags)
+    trained_from = time.monotonic()
+    assert process.communicate() and process.returncode == 0
+    lasted = time.monotonic() - trained_from
+    moments = random.Random(0)
+    kills = 0
+    for _ in range(4):
+        process = start(killed, *flags, "--resume")
+        time.sleep(moments.uniform(0, lasted / 3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= 2, f"the run of {lasted:.1f} s was over too soon to be killed"
+    subprocess.run(command(*flags, "--out", killed, "--resume"), check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    assert log_without_rate(whole) == log_without_rate(killed)
+    encoders = [torch.load(out / "encoder.pt", weights_only=True) for out in (whole, killed)]
+    assert all(torch.equal(tensor, encoders[1][name]) for name, tensor in encoders[0].items())
+    results = [json.loads((out / "result.json").read_text()) | {"seconds": 0} for out in (whole, killed)]
+    assert results[0] == results[1]
+
+
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path):
+    process = start(tmp_path / "run", "--epochs", "9999")
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130
+    assert error == (f"npair_tabular.py: stopped; to go on: python {ROOT / 'npair_tabular.py'} {' '.join(SMALL)} --epochs "
+                     f"9999 --out {tmp_path / 'run'} --resume\n")
+
+
+def test_resume_of_a_finished_run_evaluates_again(tmp_path):
+    for flags in ([], ["--resume"]):
+        npair_tabular.main([*SMALL, "--epochs", "2", "--out", str(tmp_path), *flags])
+        result = json.loads((tmp_path / "result.json").read_text()) | {"seconds": 0}
+        before = result if not flags else before
+    assert result == before and len(log_without_rate(tmp_path)) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+def ends(capsys, flags, code=2, script=npair_tabular):
+    """The one line on stderr that main(flags) ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        script.main([str(flag) for flag in flags])
+    error = capsys.readouterr().err
+    assert end.value.code == code and error.count("\n") == 1, error
+    return error.removeprefix(f"{Path(script.__file__).name}: ").strip()
+
+
+ABOVE_0, FROM_0 = "is not a finite number above 0", "is not a finite number of at least 0"
+COUNT, COUNT_0 = "is not a whole number from 1 to 999999", "is not a whole number from 0 to 999999"
+BAD_FLAGS = {
+    "--alpha nan": FROM_0, "--alpha inf": FROM_0, "--alpha -1": FROM_0, "--alpha much": FROM_0,
+    "--epochs 0": COUNT, "--epochs 1.5": COUNT, "--epochs 1" + "0" * 400: COUNT,
+    "--batch-size 1": "is not a whole number from 2 to 999999", "--batch-size -5": "is not a whole number from 2 to 999999",
+    "--lr 0": ABOVE_0, "--lr nan": ABOVE_0, "--lr inf": ABOVE_0, "--weight-decay -1e-4": FROM_0,
+    "--temperature 0": ABOVE_0, "--temperature -inf": ABOVE_0, "--warmup-epochs -1": COUNT_0, "--dim 0": COUNT,
+    "--width 0": COUNT, "--mask 1": "is not from 0 to below 1", "--mask nan": "is not from 0 to below 1",
+    "--test-share 0": "is not between 0 and 1", "--test-share 1": "is not between 0 and 1", "--seed -1": COUNT_0,
+    "--eval-every x": COUNT_0, "--linear-epochs 0": COUNT,
+}
+
+
+@pytest.mark.parametrize("flag", BAD_FLAGS, ids=lambda flag: flag[:20])
+def test_bad_flags(capsys, monkeypatch, flag):
+    monkeypatch.setattr(common, "load", None)  # flags are checked before any data is touched
+    name, value = flag.split()
+    assert ends(capsys, [f"{name}={value}"]) == f"argument {name}: {value} {BAD_FLAGS[flag]} (--help lists the flags)"
+
+
+def test_more_bad_flags(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "load", None)
+    assert ends(capsys, ["--epochs", 5, "--warmup-epochs", 6]) == \
+        "--warmup-epochs 6 is more than --epochs 5 (--help lists the flags)"
+    assert ends(capsys, ["--fast"]) == "unrecognized arguments: --fast (--help lists the flags)"
+    assert ends(capsys, ["--amp", "fp8"]).startswith("argument --amp: invalid choice: 'fp8'")
+    assert ends(capsys, ["--standardize", "none"]).startswith("argument --standardize: invalid choice: 'none'")
+    for device in ("cuda:99", "tpu", "cpu:3"):
+        assert ends(capsys, ["--device", device]).startswith(f"argument --device: {device} is not on this machine, which has ")
+
+
+def test_bad_data_and_folders(capsys, tmp_path):
+    out = ["--out", tmp_path / "run"]
+    assert ends(capsys, [*SMALL, *out, "--batch-size", 1438]) == \
+        "--batch-size 1438 is more than the 1437 training rows of digits"
+    assert ends(capsys, ["--dataset", tmp_path / "none.csv", *out]).startswith(f"{tmp_path / 'none.csv'} can't be read as CSV")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("mine")
+    assert ends(capsys, [*SMALL, "--out", tmp_path / "file"]) == \
+        f"{tmp_path / 'file'} can't be written (File exists): choose another folder with --out"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_is_not_overwritten_and_resume_checks_the_flags(capsys, tmp_path):
+    flags = [*SMALL, "--epochs", "2", "--out", tmp_path]
+    npair_tabular.main(list(map(str, flags)))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert ends(capsys, flags) == \
+        f"{tmp_path} already holds a run: go on with it with --resume, or choose another folder with --out"
+    for flag, value, made_with in [("--alpha", "1.0", "2.0"), ("--epochs", "3", "2"), ("--seed", "1", "0")]:
+        assert ends(capsys, [*flags, "--resume", flag, value]) == (
+            f"{flag} {value} contradicts {tmp_path / 'checkpoint.pt'}, made with {made_with}: go on with the same flags, or "
+            "start another run with --out")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["cut short", "empty", "text", "another's", "a list"])
+def test_a_checkpoint_that_is_none_is_refused_and_left(capsys, tmp_path, kind):
+    checkpoint = tmp_path / "checkpoint.pt"
+    torch.save({"a list": [1, 2]}.get(kind, {"flags": {"epochs": 2}, "model": {}}), checkpoint)
+    content = {"cut short": checkpoint.read_bytes()[:300], "empty": b"", "text": b"hello"}.get(kind, checkpoint.read_bytes())
+    checkpoint.write_bytes(content)
+    assert ends(capsys, [*SMALL, "--out", tmp_path, "--resume"]) == \
+        f"{checkpoint} is cut short or not this script's checkpoint; it is left as it is: move it away to start anew"
+    assert checkpoint.read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(npair_tabular, "schedule", lambda step, *_: 1e30 if step >= 30 else 0.1)  # in epoch 3 of 11 steps
+    error = ends(capsys, [*SMALL, "--epochs", 5, "--out", tmp_path], code=1)
+    assert error == (f"the loss is no longer finite in epoch 3; {tmp_path / 'checkpoint.pt'} is left as it was: a lower --lr "
+                     "may help, in another run with --out")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert 1 <= len(state["log"]) <= 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert len(log_without_rate(tmp_path)) == 3 and not (tmp_path / "result.json").exists()
+
+
+def test_bad_input_ends_a_process_without_a_traceback(tmp_path):
+    process = subprocess.run(command("--alpha", "nan"), capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr == ("npair_tabular.py: argument --alpha: nan is not a finite number of at least 0 (--help lists "
+                              "the flags)\n")
+
+
+# ------------------------------------------------------------------------------------------------- each file on its own
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_copied_alone_trains_on_ones_own_tensors(tmp_path, script):
+    (tmp_path / script.name).write_text(script.read_text())
+    (tmp_path / "mine.py").write_text(f"""
+import torch
+from {script.stem} import MLP5Layer, pretrain, projection_head
+x = torch.randn(256, 6)
+view = lambda x: x * (torch.rand_like(x) > 0.2)
+loader = [(view(batch), view(batch)) for batch in x.split(64)]
+encoder, head = MLP5Layer([4, 2], width=2), projection_head(64, 32)
+log = pretrain(encoder, head, loader, alpha=1.0, epochs=3, warmup_epochs=0)
+assert len(log) == 3 and encoder(x).shape == (256, 64)
+""")
+    subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
+
+
+def test_one_name_one_code():
+    """A function or class that several scripts define under one name is the same in each, but for the scripts' own."""
+    seen = {}
+    for script in SCRIPTS:
+        for node in ast.parse(script.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in ("main", "parse_args", "pretrain"):
+                first = seen.setdefault(node.name, (script.name, ast.unparse(node)))
+                assert first[1] == ast.unparse(node), f"{node.name} differs between {first[0]} and {script.name}"
+
+
+def test_every_file_carries_its_licence():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+        assert path.read_text().startswith("# SPDX-License-Identifier: MIT\n"), path
