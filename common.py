@@ -128,8 +128,8 @@ def read_covtype(data_dir):
         raise DataError(f"{what} ({reason}): run `make covtype`, or put UCI's covtype.data.gz there") from None
     counts = [(rows[:COVTYPE_TRAIN, -1] == label).sum() for label in range(1, 8)]
     if rows.shape != (COVTYPE_TRAIN + COVTYPE_TEST, 55) or counts != [COVTYPE_TRAIN // 7] * 7:
-        raise DataError(f"{path or data_dir} is not UCI's CovType in its original order, {COVTYPE_TRAIN + COVTYPE_TEST:,} "
-                        f"rows of 55 columns, the first {COVTYPE_TRAIN:,} with each class alike, but {rows.shape[0]:,} of "
+        raise DataError(f"{path or data_dir} is not UCI's CovType in its original order, which has 581,012 rows of 55 "
+                        f"columns, each class alike often in the first 15,120, but {rows.shape[0]:,} rows of "
                         f"{rows.shape[1]}: run `make covtype`, or put UCI's covtype.data.gz there")
     x, y = rows[:, :54], rows[:, 54].astype(np.int64) - 1
     return x[:COVTYPE_TRAIN], y[:COVTYPE_TRAIN], x[COVTYPE_TRAIN:], y[COVTYPE_TRAIN:], [10, 4, 40], 10
