@@ -164,13 +164,14 @@ def fail(message, code=2):
     sys.exit(code)
 
 
-def number(kind, low, high, what):
-    """An argparse type: a number of this kind with low <= number < high; what names the range in the error."""
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float, low <= number < high."""
     def parse(text):
         with contextlib.suppress(ValueError):
             if low <= kind(text) < high:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        whole = "whole " * (kind is int)
+        raise argparse.ArgumentTypeError(f"{text} is not a {whole}number from {low:g} to below {high:g}")
     return parse
 
 
@@ -214,36 +215,33 @@ def load_checkpoint(path, flags):
 
 
 def parse_args(argv):
-    positive = number(float, math.ulp(0), math.inf, "a finite number above 0")
-    not_negative = number(float, 0, math.inf, "a finite number of at least 0")
-    count = number(int, 1, 1e6, "a whole number from 1 to 999999")
-    count_or_0 = number(int, 0, 1e6, "a whole number from 0 to 999999")
+    positive, count = number(float, 1e-12), number(int, 1, 1e6)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: fail(f"{message} (--help lists the flags)")
     add = parser.add_argument
     add("--dataset", default="covtype", help="covtype, digits, or the path of a CSV file")
     add("--label-column", metavar="NAME", help="CSV: the column that holds the labels")
-    add("--test-share", type=number(float, math.ulp(0), 1, "between 0 and 1"), default=0.2, help="CSV: of the rows")
+    add("--test-share", type=number(float, 1e-12, 1), default=0.2, help="CSV: of the rows")
     add("--standardize", choices=["train", "all"], default="train", help="by which rows' mean and standard deviation")
     add("--data-dir", type=Path, default="data", help="where covtype lies")
-    add("--mask", type=number(float, 0, 1, "from 0 to below 1"), default=0.2, help="chance that a view zeroes a number")
-    add("--alpha", type=not_negative, default=2.0, help="of Beta(alpha, alpha); 0: no i-Mix")
+    add("--mask", type=number(float, 0, 1), default=0.2, help="chance that a view zeroes a number")
+    add("--alpha", type=number(float, 0), default=2.0, help="of Beta(alpha, alpha); 0: no i-Mix")
     add("--epochs", type=count, default=500, help="of pre-training")
-    add("--batch-size", type=number(int, 2, 1e6, "a whole number from 2 to 999999"), default=512, help="N")
+    add("--batch-size", type=number(int, 2, 1e6), default=512, help="N")
     add("--lr", type=positive, default=0.125, help="learning rate per 256 examples")
-    add("--weight-decay", type=not_negative, default=1e-4, help="of SGD")
+    add("--weight-decay", type=number(float, 0), default=1e-4, help="of SGD")
     add("--temperature", type=positive, default=0.1, help="tau")
-    add("--warmup-epochs", type=count_or_0, help="10, or a quarter of --epochs if that is less, unless given")
+    add("--warmup-epochs", type=number(int, 0, 1e6), help="10, or a quarter of --epochs if that is less, unless given")
     add("--dim", type=count, default=128, help="D, the embedding's size")
     add("--width", type=count, default=64, help="w of the encoder, whose representations are 32 w long")
     add("--device", type=pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 or fp16 on CUDA, else off")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--seed", type=count_or_0, default=0, help="of all that is random but a CSV's split")
+    add("--seed", type=number(int, 0, 1e6), default=0, help="of all that is random but a CSV's split")
     add("--out", type=Path, help="run folder: runs/npair_tabular-DATASET-alphaA-seedS unless given")
     add("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
-    add("--eval-every", type=count_or_0, default=0, help="epochs between linear evaluations; 0: only at the end")
+    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between linear evaluations; 0: only at the end")
     add("--linear-epochs", type=count, default=100, help="of the linear evaluation")
     args = parser.parse_args(argv)
     if args.warmup_epochs is None:
@@ -265,8 +263,8 @@ def main(argv=None):
         fail(f"{out} already holds a run: go on with it with --resume, or choose another folder with --out")
     state = load_checkpoint(checkpoint, flags) if checkpoint.exists() else None
     try:
-        data = common.load(args.dataset, args.data_dir, device, mask=args.mask, standardize=args.standardize,
-                           label_column=args.label_column, test_share=args.test_share)
+        data = common.load_table(args.dataset, args.data_dir, device, mask=args.mask, standardize=args.standardize,
+                                 label_column=args.label_column, test_share=args.test_share)
     except common.DataError as error:
         fail(error)
     if args.batch_size > len(data.x_train):

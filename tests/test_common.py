@@ -3,12 +3,15 @@
 
 import copy
 import gzip
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import common
@@ -37,21 +40,21 @@ def write(path, text):
 def test_covtype_is_read_in_each_form(tmp_path, tiny_covtype, name, header):
     rows, text = tiny_covtype
     write(tmp_path / name, ",".join(f"c{i}" for i in range(55)) * header + "\n" * header + text)
-    data = common.load("covtype", tmp_path, CPU, mask=0.0)
+    data = common.load_table("covtype", tmp_path, CPU, mask=0.0)
     assert data.groups == [10, 4, 40] and data.num_classes == 7
     assert torch.equal(data.y_train, torch.tensor(rows[:14, 54] - 1))
     assert torch.equal(data.y_test, torch.tensor(rows[14:, 54] - 1))
     mean, std = rows[:14, :10].mean(axis=0), rows[:14, :10].std(axis=0)
     expected = np.concatenate([(rows[:, :10] - mean) / std, rows[:, 10:54]], axis=1)
     torch.testing.assert_close(torch.cat([data.x_train, data.x_test]).double(), torch.tensor(expected), atol=1e-5, rtol=0)
-    of_all = common.load("covtype", tmp_path, CPU, standardize="all")
+    of_all = common.load_table("covtype", tmp_path, CPU, standardize="all")
     assert torch.cat([of_all.x_train, of_all.x_test])[:, :10].mean(dim=0).abs().max() < 1e-5
 
 
 def test_covtype_by_download(tmp_path, tiny_covtype, monkeypatch):
     rows, _ = tiny_covtype
     monkeypatch.setattr(common, "fetch_covtype", lambda data_home, return_X_y: (rows[:, :54] * 1.0, rows[:, 54]))
-    assert torch.equal(common.load("covtype", tmp_path, CPU).y_test, torch.tensor(rows[14:, 54] - 1))
+    assert torch.equal(common.load_table("covtype", tmp_path, CPU).y_test, torch.tensor(rows[14:, 54] - 1))
 
 
 def test_covtype_that_cannot_be_had(tmp_path, monkeypatch):
@@ -60,7 +63,7 @@ def test_covtype_that_cannot_be_had(tmp_path, monkeypatch):
 
     monkeypatch.setattr(common, "fetch_covtype", offline)
     with pytest.raises(common.DataError) as error:
-        common.load("covtype", tmp_path, CPU)
+        common.load_table("covtype", tmp_path, CPU)
     assert str(error.value) == (f"CovType is not in {tmp_path} and could not be downloaded (Network is unreachable): run "
                                 "`make covtype`, or put UCI's covtype.data.gz there")
 
@@ -71,7 +74,7 @@ def test_covtype_that_is_not_whole(tmp_path, tiny_covtype):
 
     def error():
         with pytest.raises(common.DataError) as caught:
-            common.load("covtype", tmp_path, CPU)
+            common.load_table("covtype", tmp_path, CPU)
         assert "\n" not in str(caught.value) and "run `make covtype`" in str(caught.value)
         return str(caught.value)
 
@@ -90,7 +93,7 @@ def test_covtype_that_is_not_whole(tmp_path, tiny_covtype):
 
 @pytest.mark.skipif(not Path("data/covtype.csv").exists(), reason="needs data/covtype.csv (make covtype)")
 def test_real_covtype():
-    data = common.load("covtype", "data", CPU)
+    data = common.load_table("covtype", "data", CPU)
     assert data.x_train.shape == (15_120, 54) and data.x_test.shape == (565_892, 54)
     assert data.y_train.bincount().tolist() == [2160] * 7
     assert data.x_train[:, 10:14].sum(dim=1).eq(1).all() and data.x_test[:, 14:].sum(dim=1).eq(1).all()
@@ -98,11 +101,11 @@ def test_real_covtype():
 
 # ------------------------------------------------------------------------------------------------- digits and one's own
 def test_digits():
-    data = common.load("digits", "nowhere", CPU)
+    data = common.load_table("digits", "nowhere", CPU)
     assert data.x_train.shape == (1437, 64) and data.x_test.shape == (360, 64)
     assert data.num_classes == 10 and data.groups == [64]
     assert data.y_test.bincount().min() >= 35
-    assert torch.equal(data.y_test, common.load("digits", "nowhere", CPU).y_test)
+    assert torch.equal(data.y_test, common.load_table("digits", "nowhere", CPU).y_test)
 
 
 def frame(n=60):
@@ -115,7 +118,7 @@ def frame(n=60):
 
 def load_csv(table, path, column="species", **options):
     table.to_csv(path, index=False) if isinstance(table, pd.DataFrame) else write(path, table)
-    return common.load(str(path), "data", CPU, label_column=column, **options)
+    return common.load_table(str(path), "data", CPU, label_column=column, **options)
 
 
 @pytest.mark.parametrize("name", ["my.csv", "my.csv.gz"])
@@ -217,8 +220,146 @@ def test_unreadable_csv(tmp_path, content):
     elif content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(common.DataError) as error:
-        common.load(str(path), "data", CPU, label_column="b")
+        common.load_table(str(path), "data", CPU, label_column="b")
     assert str(error.value).startswith(f"{path} can't be read as CSV (") and "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+def write_cifar(folder, files, label_bytes, classes, records=10):
+    """Files in the layout of CIFAR's binary distribution; each image is filled with its label, channels 0, 1, 2 apart."""
+    folder.mkdir(parents=True)
+    for number, file in enumerate(files):
+        labels = (np.arange(records) + number) % classes
+        pixels = labels[:, None, None] + np.arange(3)[:, None] * 10 + np.zeros(1024, int)
+        parts = [np.full((records, label_bytes - 1), 99), labels[:, None], pixels.reshape(records, -1)]
+        np.concatenate(parts, axis=1).astype(np.uint8).tofile(folder / file)
+
+
+@pytest.mark.parametrize("name, folder, files, label_bytes", [
+    ("cifar10", "cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"], 1),
+    ("cifar100", "cifar-100-binary", ["train.bin", "test.bin"], 2)])
+def test_cifar_binary(tmp_path, name, folder, files, label_bytes):
+    write_cifar(tmp_path / folder, files, label_bytes, 10)
+    data = common.load_images(name, tmp_path, CPU)
+    assert data.x_train.shape == (10 * len(files) - 10, 3, 32, 32) and data.x_test.shape == (10, 3, 32, 32)
+    assert data.x_train.dtype == torch.uint8 and data.num_classes == 10
+    expected = data.y_train[:, None] + torch.arange(3) * 10
+    assert torch.equal(data.x_train, expected[:, :, None, None].expand_as(data.x_train).to(torch.uint8))
+    mean, std = common.CIFAR[name][4:]
+    plain = data.plain(data.x_train[:1])
+    assert plain[0, 2, 5, 5].item() == pytest.approx(((20 + data.y_train[0].item()) / 255 - mean[2]) / std[2], rel=1e-5)
+    assert data.view(data.x_train).shape == data.eval_view(data.x_train).shape == data.x_train.shape
+
+    path = tmp_path / folder / files[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(common.DataError, match=f"{path} is cut short: {10 * (3072 + label_bytes) - 1:,} bytes are no "):
+        common.load_images(name, tmp_path, CPU)
+    path.unlink()
+    with pytest.raises(common.DataError, match=f"{path} can't be read "):
+        common.load_images(name, tmp_path, CPU)
+
+
+def test_cifar_by_torchvision(tmp_path, monkeypatch):
+    class CIFAR10:
+        def __init__(self, root, train, download):
+            assert root == tmp_path and download
+            self.data = np.arange(4 * 3072 if train else 2 * 3072).astype(np.uint8).reshape(-1, 32, 32, 3)
+            self.targets = [0, 1, 2, 3] if train else [3, 0]
+
+    monkeypatch.setattr(common.torchvision.datasets, "CIFAR10", CIFAR10)
+    data = common.load_images("cifar10", tmp_path, CPU)
+    assert data.x_train[1, 2, 3, 4] == (3072 + 3 * 96 + 4 * 3 + 2) % 256 and data.y_test.tolist() == [3, 0]
+
+    def offline(*_, **__):
+        raise OSError("Network is\nunreachable")
+
+    monkeypatch.setattr(common.torchvision.datasets, "CIFAR10", offline)
+    with pytest.raises(common.DataError) as error:
+        common.load_images("cifar10", tmp_path, CPU)
+    assert str(error.value) == (f"cifar10 is not in {tmp_path} and could not be downloaded (Network is unreachable): put "
+                                "cifar-10-batches-bin/ there, or take another --dataset (digits, or a folder of images)")
+
+
+def write_images(folder, count=6, size=(16, 16), mode="RGB", kind="png"):
+    for number, name in enumerate(("ant", "bee")):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new(mode, size, (40 * number + i) if mode == "L" else (40 * number + i, 90, 200)).save(
+                folder / name / f"{i}.{kind}")
+
+
+def test_image_folder_with_train_and_test(tmp_path):
+    write_images(tmp_path / "train")
+    write_images(tmp_path / "test", count=2)
+    data = common.load_images(str(tmp_path), "data", CPU, image_size=16)
+    assert data.x_train.shape == (12, 3, 16, 16) and data.x_test.shape == (4, 3, 16, 16)
+    assert data.y_train.tolist() == [0] * 6 + [1] * 6
+    assert data.x_train[:, 0, 3, 3].tolist() == [*range(6), *range(40, 46)]  # decoded as they are
+    plain = data.plain(data.x_train)[:, 0]
+    assert abs(plain.mean()) < 1e-5 and abs(plain.std() - 1) < 1e-3  # by the training images' own mean and std
+
+
+def test_image_folder_is_split_resized_and_cropped(tmp_path):
+    write_images(tmp_path, count=10, size=(64, 40), kind="jpg")
+    data = common.load_images(str(tmp_path), "data", CPU, image_size=20)
+    assert data.x_train.shape == (16, 3, 20, 20) and data.y_test.bincount().tolist() == [2, 2]
+    assert torch.equal(data.x_test, common.load_images(str(tmp_path), "data", CPU, image_size=20).x_test)
+
+
+def test_gray_images_have_one_channel(tmp_path):
+    write_images(tmp_path, mode="L")
+    assert common.load_images(str(tmp_path), "data", CPU, image_size=16).x_train.shape[1] == 1
+
+
+def test_digits_as_images():
+    data = common.load_images("digits", "data", CPU)
+    assert data.x_train.shape == (1437, 1, 8, 8) and data.x_train.dtype == torch.uint8 and data.x_train.max() == 255
+    assert torch.equal(data.y_test, common.load_table("digits", "data", CPU).y_test)  # the same split as the table's
+
+
+def test_train_size_is_a_stratified_subset():
+    data = common.load_images("digits", "data", CPU, train_size=100)
+    assert data.x_train.shape == (100, 1, 8, 8) and data.x_test.shape == (360, 1, 8, 8)
+    assert data.y_train.bincount().min() >= 9
+    assert torch.equal(data.x_train, common.load_images("digits", "data", CPU, train_size=100).x_train)
+    assert len(common.load_images("digits", "data", CPU, train_size=1437).x_train) == 1437
+    for size in (5, 1438):
+        with pytest.raises(common.DataError, match=f"^--train-size {size} of the 1,437 training images: "):
+            common.load_images("digits", "data", CPU, train_size=size)
+
+
+def truncated(path):
+    Image.effect_noise((16, 16), 50).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+BAD_FOLDERS = {
+    "not there": (lambda path: None, r"{path} is no folder of images, one folder a class \(.*\): --dataset takes cifar10, "),
+    "no classes": (lambda path: path.mkdir(), r"{path} is no folder of images, one folder a class "),
+    "no images": (lambda path: (path / "ant").mkdir(parents=True), r"{path} is no folder of images, one folder a class "),
+    "one class": (lambda path: (write_images(path), shutil.rmtree(path / "bee")), "{path} holds one class, 'ant': give images "
+                  "of two or more"),
+    "truncated": (lambda path: (write_images(path), truncated(path / "bee/3.jpg")), r"{path}/bee/3.jpg can't be read as an "
+                  r"image \(.*\): mend or remove it"),
+    "text": (lambda path: (write_images(path), (path / "bee/3.png").write_text("hello")), "{path}/bee/3.png can't be read as "),
+    "too small": (lambda path: (write_images(path), Image.new("RGB", (16, 15)).save(path / "ant/x.png")), "{path}/ant/x.png is "
+                  "16 x 15 pixels, smaller than --image-size 16: remove it, or lower --image-size"),
+    "too few": (lambda path: write_images(path, count=1), "{path} can't be split into training and test images: "),
+    "no test images": (lambda path: (write_images(path / "train"), (path / "test").mkdir()), "{path}/test is no folder of "),
+    "other classes": (lambda path: (write_images(path / "train"), write_images(path / "test"), (path / "test/bee").rename(
+        path / "test/cow")), "{path}/train and {path}/test differ in their classes, or only one is gray: make them alike"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FOLDERS)
+def test_bad_image_folder(tmp_path, what):
+    make, message = BAD_FOLDERS[what]
+    path = tmp_path / "images"
+    make(path)
+    with pytest.raises(common.DataError) as error:
+        common.load_images(str(path), "data", CPU, image_size=16)
+    assert re.match(message.format(path=path), str(error.value)), error.value
+    assert "\n" not in str(error.value)
 
 
 # --------------------------------------------------------------------------------------------------------------- loader
@@ -261,6 +402,14 @@ def test_linear_eval_of_a_known_answer():
     result = common.linear_eval(nn.Identity(), answerable(), epochs=20)
     assert result["train_accuracy"] == 1 and result["test_accuracy"] == 0.75
     assert result.keys() == {"test_accuracy", "train_accuracy", "protocol", "seconds"}
+
+
+def test_linear_eval_draws_the_training_views_anew_five_times():
+    data = answerable()
+    drawn = []
+    data.eval_view = lambda x: drawn.append(len(x)) or x
+    assert common.linear_eval(nn.Identity(), data, epochs=20)["test_accuracy"] == 0.75
+    assert sum(drawn) == 5 * 600
 
 
 def test_linear_eval_uses_batch_norm_in_eval_mode():

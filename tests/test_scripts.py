@@ -17,14 +17,18 @@ import torch
 
 import common
 import npair_tabular
+import simclr_imix
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if path.name != "common.py"]
 SMALL = "--dataset digits --width 2 --batch-size 128 --linear-epochs 5 --device cpu".split()
 
 
-def command(*flags):
-    return [sys.executable, str(ROOT / "npair_tabular.py"), *SMALL, *map(str, flags)]
+TINY = "--dataset digits --train-size 64 --batch-size 16 --arch resnet18 --linear-epochs 5 --device cpu".split()
+
+
+def command(*flags, script="npair_tabular.py", small=SMALL):
+    return [sys.executable, str(ROOT / script), *small, *map(str, flags)]
 
 
 def log_without_rate(out):
@@ -54,6 +58,24 @@ def test_a_run_writes_its_folder_and_learns(tmp_path, capsys):
     assert "\nepoch 6: test accuracy 0." in shown and f"{result['test_accuracy']:.4f}" in shown
 
 
+@pytest.mark.parametrize("flags", [["--alpha", "1"], ["--mix", "cutmix"], ["--alpha", "0"],
+                                   ["--alpha", "0", "--loss", "nt-xent"]], ids=" ".join)
+def test_simclr_runs_on_digits(tmp_path, flags):
+    simclr_imix.main([*TINY, "--epochs", "2", "--out", str(tmp_path), *flags])
+    assert len(log_without_rate(tmp_path)) == 3
+    encoder = simclr_imix.resnet("resnet18", 1, 8)
+    encoder.load_state_dict(torch.load(tmp_path / "encoder.pt", weights_only=True))
+    assert 0 <= json.loads((tmp_path / "result.json").read_text())["test_accuracy"] <= 1
+
+
+def test_simclr_learns(tmp_path):
+    """Each view is told from 32 others' better and better: log(32) = 3.47 is chance."""
+    simclr_imix.main([*TINY, "--train-size", "256", "--batch-size", "32", "--epochs", "6", "--alpha", "0", "--out",
+                      str(tmp_path)])
+    losses = [float(line.split(",")[1]) for line in log_without_rate(tmp_path)[1:]]
+    assert losses[-1] < 2.7 and losses[-1] < losses[0] - 0.3
+
+
 def test_a_terminal_sees_the_line_move(tmp_path):
     """On a terminal the line is rewritten in place, within the epoch too."""
     import pty
@@ -79,8 +101,8 @@ def test_evaluating_on_the_way_changes_nothing(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ kill and resume
-def start(out, *flags):
-    process = subprocess.Popen(command(*flags, "--out", out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+def start(out, *flags, **which):
+    process = subprocess.Popen(command(*flags, "--out", out, **which), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                cwd=ROOT)
     for line in process.stdout:
         if line.startswith("epoch"):
@@ -88,24 +110,26 @@ def start(out, *flags):
     return process
 
 
-def test_killed_and_resumed_is_bit_identical(tmp_path):
-    flags = ["--epochs", "30", "--width", "4"]
+@pytest.mark.parametrize("script, small, flags", [
+    ("npair_tabular.py", SMALL, ["--epochs", "30", "--width", "4"]),
+    ("simclr_imix.py", TINY, ["--epochs", "6", "--mix", "cutmix"])])
+def test_killed_and_resumed_is_bit_identical(tmp_path, script, small, flags):
+    which = {"script": script, "small": small}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    began = time.monotonic()
-    process = start(whole, *flags)
+    process = start(whole, *flags, **which)
     trained_from = time.monotonic()
     assert process.communicate() and process.returncode == 0
     lasted = time.monotonic() - trained_from
     moments = random.Random(0)
     kills = 0
     for _ in range(4):
-        process = start(killed, *flags, "--resume")
+        process = start(killed, *flags, "--resume", **which)
         time.sleep(moments.uniform(0, lasted / 3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
     assert kills >= 2, f"the run of {lasted:.1f} s was over too soon to be killed"
-    subprocess.run(command(*flags, "--out", killed, "--resume"), check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    subprocess.run(command(*flags, "--out", killed, "--resume", **which), check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     assert log_without_rate(whole) == log_without_rate(killed)
     encoders = [torch.load(out / "encoder.pt", weights_only=True) for out in (whole, killed)]
     assert all(torch.equal(tensor, encoders[1][name]) for name, tensor in encoders[0].items())
@@ -141,29 +165,29 @@ def ends(capsys, flags, code=2, script=npair_tabular):
     return error.removeprefix(f"{Path(script.__file__).name}: ").strip()
 
 
-ABOVE_0, FROM_0 = "is not a finite number above 0", "is not a finite number of at least 0"
-COUNT, COUNT_0 = "is not a whole number from 1 to 999999", "is not a whole number from 0 to 999999"
+FROM_0, ABOVE_0 = "number from 0 to below inf", "number from 1e-12 to below inf"
+COUNT, COUNT_0 = "whole number from 1 to below 1e+06", "whole number from 0 to below 1e+06"
 BAD_FLAGS = {
     "--alpha nan": FROM_0, "--alpha inf": FROM_0, "--alpha -1": FROM_0, "--alpha much": FROM_0,
-    "--epochs 0": COUNT, "--epochs 1.5": COUNT, "--epochs 1" + "0" * 400: COUNT,
-    "--batch-size 1": "is not a whole number from 2 to 999999", "--batch-size -5": "is not a whole number from 2 to 999999",
-    "--lr 0": ABOVE_0, "--lr nan": ABOVE_0, "--lr inf": ABOVE_0, "--weight-decay -1e-4": FROM_0,
-    "--temperature 0": ABOVE_0, "--temperature -inf": ABOVE_0, "--warmup-epochs -1": COUNT_0, "--dim 0": COUNT,
-    "--width 0": COUNT, "--mask 1": "is not from 0 to below 1", "--mask nan": "is not from 0 to below 1",
-    "--test-share 0": "is not between 0 and 1", "--test-share 1": "is not between 0 and 1", "--seed -1": COUNT_0,
-    "--eval-every x": COUNT_0, "--linear-epochs 0": COUNT,
+    "--epochs 0": COUNT, "--epochs 1.5": COUNT, "--epochs 1" + "0" * 400: COUNT, "--batch-size -5": "whole number from 2 to "
+    "below 1e+06", "--batch-size 1": "whole number from 2 to below 1e+06", "--lr 0": ABOVE_0, "--lr nan": ABOVE_0,
+    "--lr inf": ABOVE_0, "--weight-decay -1e-4": FROM_0, "--temperature 0": ABOVE_0, "--temperature -inf": ABOVE_0,
+    "--warmup-epochs -1": COUNT_0, "--dim 0": COUNT, "--width 0": COUNT, "--mask 1": "number from 0 to below 1",
+    "--mask nan": "number from 0 to below 1", "--test-share 0": "number from 1e-12 to below 1",
+    "--test-share 1": "number from 1e-12 to below 1", "--seed -1": COUNT_0, "--eval-every x": COUNT_0,
+    "--linear-epochs 0": COUNT,
 }
 
 
 @pytest.mark.parametrize("flag", BAD_FLAGS, ids=lambda flag: flag[:20])
 def test_bad_flags(capsys, monkeypatch, flag):
-    monkeypatch.setattr(common, "load", None)  # flags are checked before any data is touched
+    monkeypatch.setattr(common, "load_table", None)  # flags are checked before any data is touched
     name, value = flag.split()
-    assert ends(capsys, [f"{name}={value}"]) == f"argument {name}: {value} {BAD_FLAGS[flag]} (--help lists the flags)"
+    assert ends(capsys, [f"{name}={value}"]) == f"argument {name}: {value} is not a {BAD_FLAGS[flag]} (--help lists the flags)"
 
 
 def test_more_bad_flags(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(common, "load", None)
+    monkeypatch.setattr(common, "load_table", None)
     assert ends(capsys, ["--epochs", 5, "--warmup-epochs", 6]) == \
         "--warmup-epochs 6 is more than --epochs 5 (--help lists the flags)"
     assert ends(capsys, ["--fast"]) == "unrecognized arguments: --fast (--help lists the flags)"
@@ -171,6 +195,22 @@ def test_more_bad_flags(capsys, monkeypatch, tmp_path):
     assert ends(capsys, ["--standardize", "none"]).startswith("argument --standardize: invalid choice: 'none'")
     for device in ("cuda:99", "tpu", "cpu:3"):
         assert ends(capsys, ["--device", device]).startswith(f"argument --device: {device} is not on this machine, which has ")
+
+
+def test_bad_flags_of_simclr(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "load_images", None)
+    for flag in ("--image-size=0", "--train-size=-1", "--arch=vgg", "--mix=inputmix", "--loss=triplet", "--temperature=0"):
+        assert ends(capsys, [flag], script=simclr_imix).startswith(f"argument {flag.split('=')[0]}: ")
+    assert ends(capsys, ["--loss", "nt-xent"], script=simclr_imix) == (
+        "--loss nt-xent has no labels to mix, each anchor having its own classes (Section 3.1): give --alpha 0 too, or "
+        "--loss n-pair (--help lists the flags)")
+    monkeypatch.undo()
+    out = ["--out", tmp_path / "run"]
+    assert ends(capsys, ["--dataset", tmp_path / "none", *out], script=simclr_imix).startswith(
+        f"{tmp_path / 'none'} is no folder of images")
+    assert ends(capsys, [*TINY, "--batch-size", 65, *out], script=simclr_imix) == \
+        "--batch-size 65 is more than the 64 training images of digits"
+    assert not (tmp_path / "run").exists()
 
 
 def test_bad_data_and_folders(capsys, tmp_path):
@@ -222,23 +262,32 @@ def test_a_loss_that_is_not_finite_ends_the_run(capsys, monkeypatch, tmp_path):
 def test_bad_input_ends_a_process_without_a_traceback(tmp_path):
     process = subprocess.run(command("--alpha", "nan"), capture_output=True, text=True, cwd=tmp_path)
     assert process.returncode == 2 and process.stdout == ""
-    assert process.stderr == ("npair_tabular.py: argument --alpha: nan is not a finite number of at least 0 (--help lists "
-                              "the flags)\n")
+    assert process.stderr == ("npair_tabular.py: argument --alpha: nan is not a number from 0 to below inf (--help lists the "
+                              "flags)\n")
 
 
 # ------------------------------------------------------------------------------------------------- each file on its own
+TABLE = """
+from npair_tabular import MLP5Layer, pretrain, projection_head
+x, encoder, size = torch.randn(256, 6), MLP5Layer([4, 2], width=2), 64
+"""
+IMAGES = """
+from {module} import pretrain, projection_head, resnet
+x, encoder, size = torch.randn(256, 3, 8, 8), resnet("resnet18", 3, 8), 512
+"""
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_copied_alone_trains_on_ones_own_tensors(tmp_path, script):
     (tmp_path / script.name).write_text(script.read_text())
+    networks = TABLE if script.name == "npair_tabular.py" else IMAGES.format(module=script.stem)
     (tmp_path / "mine.py").write_text(f"""
 import torch
-from {script.stem} import MLP5Layer, pretrain, projection_head
-x = torch.randn(256, 6)
+{networks}
 view = lambda x: x * (torch.rand_like(x) > 0.2)
 loader = [(view(batch), view(batch)) for batch in x.split(64)]
-encoder, head = MLP5Layer([4, 2], width=2), projection_head(64, 32)
-log = pretrain(encoder, head, loader, alpha=1.0, epochs=3, warmup_epochs=0)
-assert len(log) == 3 and encoder(x).shape == (256, 64)
+log = pretrain(encoder, projection_head(size, 32), loader, alpha=1.0, epochs=3, warmup_epochs=0)
+assert len(log) == 3 and encoder(x).shape == (256, size)
 """)
     subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
 

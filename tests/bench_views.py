@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""How fast two views of a batch of images are made, against what a user would use otherwise, in one run.
+
+    python tests/bench_views.py
+
+Ours: common.image_view on the whole batch, on the device. PIL: torchvision's transforms on PIL images in a DataLoader
+(what the paper's code does), one worker a core. v2: torchvision.transforms.v2 on tensors, image by image, in the same
+process. Rates are two-view examples a second and, on the CPU, a core. Also the share of a pre-training step that the
+views take, and that step against the bare network step on resident tensors.
+"""
+
+import argparse
+import contextlib
+import io
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision.transforms as v1
+from torch import nn
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common
+import simclr_imix as simclr
+from bench_npair import seconds
+
+MEAN, STD = common.CIFAR["cifar10"][4:]
+
+
+class TwoPILViews(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = [v1.functional.to_pil_image(image) for image in images]
+        self.transform = v1.Compose([
+            v1.RandomResizedCrop(32, scale=(0.2, 1.0)), v1.RandomApply([v1.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v1.RandomGrayscale(p=0.2), v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(MEAN, STD)])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), self.transform(self.images[i])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", type=simclr.pick_device, default="auto")
+    args = parser.parse_args()
+    device, n, cores = args.device, args.batch_size, torch.get_num_threads()
+    amp = simclr.autocast_dtype("auto", device)
+    torch.manual_seed(0)
+    # Images of smooth shapes, so that hue, crop and contrast have something to do.
+    images = nn.functional.interpolate(torch.rand(8 * n, 3, 6, 6), size=32, mode="bicubic").clamp(0, 1).mul(255).byte()
+    resident = images.to(device)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+
+    def view(x):
+        return (common.image_view(x / 255) - mean) / std
+
+    pil = torch.utils.data.DataLoader(TwoPILViews(images), n, shuffle=True, drop_last=True, num_workers=cores,
+                                      persistent_workers=True)
+    one = v2.Compose([
+        v2.RandomResizedCrop(32, scale=(0.2, 1.0)), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        v2.RandomGrayscale(p=0.2), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+    def ours():
+        for _ in common.TwoViews(resident, view, n):
+            pass
+
+    def through_pil():
+        for _ in pil:
+            pass
+
+    def through_v2():
+        for image in images[:n]:
+            one(image), one(image)
+
+    ours(), through_pil(), through_v2()  # warm up; starts the workers
+    rates = {"ours": [], "PIL": [], "v2": []}
+    for _ in range(args.rounds):
+        rates["ours"].append(8 * n / seconds(ours, device))
+        rates["PIL"].append(8 * n / seconds(through_pil, device))
+        rates["v2"].append(n / seconds(through_v2, device))
+    del pil
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {cores} cores"
+    print(f"Two views of 32 x 32 images, batch {n}, {where}, torch {torch.__version__}, medians of {args.rounds} rounds")
+    per_core = {"ours": 1 if device.type == "cuda" else cores, "PIL": cores, "v2": cores}
+    for name, values in rates.items():
+        rate = statistics.median(values)
+        times = statistics.median(a / b for a, b in zip(rates["ours"], values))
+        unit = "device" if name == "ours" and device.type == "cuda" else "core"
+        print(f"  {name:5} {rate:10,.0f} examples/s  {rate / per_core[name]:10,.0f} a {unit}   ours is {times:.1f} times as fast")
+
+    def networks():
+        encoder, head = simclr.resnet("resnet18", 3, 32), simclr.projection_head(512, 128)
+        return encoder.to(device), head.to(device)
+
+    model = nn.Sequential(*networks()).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.125, momentum=0.9, weight_decay=1e-4, fused=True)
+    both = torch.cat([view(resident[:n]), view(resident[:n])])
+
+    def bare_step():
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            f, f_tilde = model(both).chunk(2)
+        loss = simclr.n_pair_loss(f, f_tilde, 0.2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    loop_networks = networks()
+    steps = 32 if device.type == "cuda" else 2
+    loader = common.TwoViews(resident.repeat(4, 1, 1, 1)[: steps * n], view, n)
+
+    def loop():
+        with contextlib.redirect_stdout(io.StringIO()):
+            simclr.pretrain(*loop_networks, loader, epochs=1, warmup_epochs=0, amp=amp)
+
+    bare_step(), loop()  # warm up
+    bare, real, views = [], [], []
+    for _ in range(3):
+        bare.append(seconds(lambda: [bare_step() for _ in range(steps)], device) / steps)
+        real.append(seconds(loop, device) / steps)
+        views.append(seconds(lambda: [view(resident[:n]) for _ in range(20)], device) / 10)
+    print(f"  pre-training step of resnet18: {n / statistics.median(real):,.0f} examples/s, "
+          f"{statistics.median(b / r for b, r in zip(bare, real)):.1%} of the bare step's; views take "
+          f"{statistics.median(v / r for v, r in zip(views, real)):.1%} of it")
+
+
+if __name__ == "__main__":
+    main()

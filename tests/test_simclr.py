@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: MIT
+"""simclr_imix.py's own parts: CutMix, NT-Xent, the ResNets; what it shares with npair_tabular.py is tested there."""
+
+import math
+
+import pytest
+import torch
+
+import npair_tabular
+import simclr_imix as simclr
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.5])
+def test_nt_xent_and_its_gradients_equal_the_equation(temperature):
+    torch.manual_seed(0)
+    f, f_tilde = (3 * torch.randn(5, 7) for _ in range(2))
+    f.requires_grad_(), f_tilde.requires_grad_()
+    views = torch.cat([f, f_tilde]).double()
+    expected = 0
+    for i in range(10):
+        s = [torch.dot(views[i], view) / (views[i].norm() * view.norm()) for view in views]
+        denominator = sum(torch.exp(s[k] / temperature) for k in range(10) if k != i)
+        expected = expected - torch.log(torch.exp(s[(5 + i) % 10] / temperature) / denominator) / 10
+    expected_gradients = torch.autograd.grad(expected, (f, f_tilde))
+    loss = simclr.nt_xent_loss(f, f_tilde, temperature)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    for gradient, expected_gradient in zip(torch.autograd.grad(loss, (f, f_tilde)), expected_gradients):
+        assert gradient.abs().max() > 1e-3
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_nt_xent_stays_float32_under_autocast():
+    f, f_tilde = torch.randn(16, 8), torch.randn(16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = simclr.nt_xent_loss(f, f_tilde, 0.2)
+    assert autocast.dtype == torch.float32 and torch.equal(autocast, simclr.nt_xent_loss(f, f_tilde, 0.2))
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("shape", [(8, 8), (9, 13)])
+def test_cutmix_lam_is_the_share_of_pixels_kept(alpha, shape):
+    n, at_border = 6, 0
+    x = torch.arange(n, dtype=torch.float32)[:, None, None, None].expand(n, 3, *shape)
+    for seed in range(200):
+        torch.manual_seed(seed)
+        x_mix, perm, lam = simclr.cutmix(x, alpha)
+        assert lam.shape == (n,) and lam.min() >= 0.5 and lam.max() <= 1
+        assert torch.equal(perm.sort().values, torch.arange(n))
+        moved = perm != torch.arange(n)
+        kept = (x_mix == x).float().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(kept[moved], lam[moved])
+        assert ((x_mix == x) | (x_mix == x[perm])).all()
+        if moved.any() and lam[0] < 1:  # the pasted pixels are one box, the same in every image and channel
+            pasted = (x_mix != x)[moved]
+            assert (pasted == pasted[:1, :1]).all()
+            rows, columns = pasted[0, 0].any(dim=1), pasted[0, 0].any(dim=0)
+            assert torch.equal(pasted[0, 0], rows[:, None] & columns)
+            for side in (rows, columns):
+                inside = side.nonzero().flatten()
+                assert len(inside) == inside[-1] - inside[0] + 1
+            at_border += (rows[0] | rows[-1] | columns[0] | columns[-1]).item()
+    assert at_border > 20  # boxes cut off at the border were among them
+
+
+def test_cutmix_box_is_anywhere_and_of_lams_size():
+    torch.manual_seed(0)
+    x = torch.arange(2.0)[:, None, None, None].expand(2, 1, 32, 32)
+    pasted, kept = torch.zeros(32, 32), []
+    for _ in range(3000):
+        x_mix, perm, lam = simclr.cutmix(x, 1.0)
+        if perm[0] == 1:
+            pasted += x_mix[0, 0]
+            kept.append(lam[0])
+    assert pasted.min() > 0.2 * pasted.max() and pasted[16, 16] > 0.9 * pasted.max()
+    # Without the border, lam would be max(B, 1 - B) of a uniform B, 0.75 on average; cut-off boxes keep more.
+    assert 0.76 < torch.stack(kept).mean() < 0.84
+
+
+def test_lam_one_of_cutmix_leaves_the_loss_plain():
+    f, f_tilde = torch.randn(6, 8), torch.randn(6, 8)
+    plain = simclr.n_pair_loss(f, f_tilde, 0.2)
+    assert torch.equal(simclr.n_pair_loss(f, f_tilde, 0.2, torch.randperm(6), torch.ones(1).expand(6)), plain)
+    assert torch.equal(npair_tabular.n_pair_loss(f, f_tilde, 0.2), plain)
+
+
+@pytest.mark.parametrize("arch, features, millions", [("resnet18", 512, 11.2), ("resnet34", 512, 21.3),
+                                                      ("resnet50", 2048, 23.5)])
+def test_resnets(arch, features, millions):
+    net = simclr.resnet(arch, 3, 32)
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, features)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == millions
+    assert net.conv1.stride == (1, 1) and isinstance(net.maxpool, torch.nn.Identity)
+    shapes = []
+    net.layer1.register_forward_hook(lambda module, args, output: shapes.append(output.shape[2:]))
+    net(torch.randn(2, 3, 32, 32))
+    assert shapes == [(32, 32)]  # the small stem keeps the image's size
+
+
+def test_resnet_for_large_images_and_one_channel():
+    net = simclr.resnet("resnet18", 1, 96)
+    assert net.conv1.kernel_size == (7, 7) and isinstance(net.maxpool, torch.nn.MaxPool2d)
+    assert net(torch.randn(2, 1, 96, 96)).shape == (2, 512)
+    assert abs(net.conv1.weight.std() - math.sqrt(2 / (64 * 49))) < 0.002  # He's initialisation, fan-out
+
+
+@pytest.mark.parametrize("mix, loss_function, alpha", [("mixup", "n_pair_loss", 1.0), ("cutmix", "n_pair_loss", 1.0),
+                                                       ("mixup", "n_pair_loss", 0.0), ("mixup", "nt_xent_loss", 0.0)])
+def test_pretrain_with_each_mixing_and_loss(mix, loss_function, alpha):
+    torch.manual_seed(0)
+    x = torch.randn(16, 1, 8, 8)
+    loader = [(x, x + 0.1 * torch.randn_like(x))] * 8
+    encoder = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten())
+    log = simclr.pretrain(encoder, simclr.projection_head(288, 16), loader, alpha=alpha, mix=getattr(simclr, mix), lr=0.1,
+                          loss_function=getattr(simclr, loss_function), epochs=5, warmup_epochs=0, temperature=0.5)
+    assert log[-1]["loss"] < log[0]["loss"]
