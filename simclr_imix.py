@@ -329,7 +329,7 @@ def main(argv=None):
         with open(out / "log.csv", "a") as file:
             print(*log[-1].values(), sep=",", file=file)
         start = time.monotonic()
-        if start - saved > 50 * cost or len(log) == args.epochs:  # checkpoints take at most 2 % of the time
+        if start - saved > 100 * cost or len(log) == args.epochs:  # checkpoints take at most 1 % of the time
             save(get_state() | {"flags": flags}, checkpoint)
             saved, cost = time.monotonic(), time.monotonic() - start
         if args.eval_every and len(log) % args.eval_every == 0 and len(log) < args.epochs:
