@@ -205,7 +205,7 @@ def load_checkpoint(path, flags):
     """The state saved at path by a run with the same flags; anything else ends the program."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        other = [flag for flag in flags if state["flags"][flag] != flags[flag]]
+        other = [flag for flag in flags | state["flags"] if state["flags"][flag] != flags[flag]]
     except Exception:  # a damaged file makes torch.load raise almost anything
         fail(f"{path} is cut short or not this script's checkpoint; it is left as it is: move it away to start anew")
     for flag in other:
@@ -241,7 +241,7 @@ def parse_args(argv):
     add("--seed", type=number(int, 0, 1e6), default=0, help="of all that is random but a CSV's split")
     add("--out", type=Path, help="run folder: runs/npair_tabular-DATASET-alphaA-seedS unless given")
     add("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
-    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between linear evaluations; 0: only at the end")
+    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between linear evaluations; 0: at the end")
     add("--linear-epochs", type=count, default=100, help="of the linear evaluation")
     args = parser.parse_args(argv)
     if args.warmup_epochs is None:

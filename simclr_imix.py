@@ -135,11 +135,11 @@ def pretrain(encoder, head, loader, *, alpha=1.0, mix=mixup, loss_function=n_pai
              after_epoch=lambda log, get_state: None):
     """Pre-train encoder and head, in place, on the device that they are on; returns the log, a dict an epoch.
 
-    loader: any iterable with a len() that yields (x, x_tilde), two float views (N, C, H, W) of one batch.
-    alpha: of Beta(alpha, alpha); 0 is the loss alone. mix: mixup or cutmix. loss_function: n_pair_loss, or with
-    alpha 0 nt_xent_loss. lr: at this batch size, 0.125 N/256 in the recipe. amp: None,
-    torch.bfloat16 or torch.float16. after_epoch(log, get_state) is called after each epoch; what get_state() returned
-    in an earlier run is the state to go on from. Raises FloatingPointError once the loss is no longer finite.
+    loader: any iterable with a len() that yields (x, x_tilde), two float views (N, C, H, W) of one batch. alpha: of
+    Beta(alpha, alpha); 0 is the loss alone. mix: mixup or cutmix. loss_function: n_pair_loss, or with alpha 0
+    nt_xent_loss. lr: at this batch size, 0.125 N/256 in the recipe. amp: None, torch.bfloat16 or torch.float16.
+    after_epoch(log, get_state) is called after each epoch; what get_state() returned in an earlier run is the state to
+    go on from. Raises FloatingPointError once the loss is no longer finite.
     """
     model, device = nn.Sequential(encoder, head), next(encoder.parameters()).device
     model.to(memory_format=torch.channels_last)
@@ -239,7 +239,7 @@ def load_checkpoint(path, flags):
     """The state saved at path by a run with the same flags; anything else ends the program."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        other = [flag for flag in flags if state["flags"][flag] != flags[flag]]
+        other = [flag for flag in flags | state["flags"] if state["flags"][flag] != flags[flag]]
     except Exception:  # a damaged file makes torch.load raise almost anything
         fail(f"{path} is cut short or not this script's checkpoint; it is left as it is: move it away to start anew")
     for flag in other:
@@ -266,7 +266,7 @@ def parse_args(argv):
     add("--lr", type=positive, default=0.125, help="learning rate per 256 examples")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="of SGD")
     add("--temperature", type=positive, default=0.2, help="tau")
-    add("--warmup-epochs", type=number(int, 0, 1e6), help="unless given 10, to 500 epochs 5, and at most a quarter of --epochs")
+    add("--warmup-epochs", type=number(int, 0, 1e6), help="10, to 500 epochs 5; at most a quarter of --epochs")
     add("--dim", type=count, default=128, help="D, the embedding's size")
     add("--arch", choices=["resnet18", "resnet34", "resnet50"], default="resnet50", help="the encoder")
     add("--device", type=pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -275,7 +275,7 @@ def parse_args(argv):
     add("--seed", type=number(int, 0, 1e6), default=0, help="of all that is random but the data's split")
     add("--out", type=Path, help="run folder: runs/simclr_imix-DATASET-alphaA-seedS unless given")
     add("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
-    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between linear evaluations; 0: only at the end")
+    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between linear evaluations; 0: at the end")
     add("--linear-epochs", type=count, default=100, help="of the linear evaluation")
     args = parser.parse_args(argv)
     if args.warmup_epochs is None:

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""byol_imix.py's own parts: the loss, the predictor, and what keeps BYOL and SimSiam from collapsing."""
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import byol_imix as byol
+import common
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_loss_and_gradient_equal_the_equation(mixed):
+    torch.manual_seed(0)
+    g, f_ema = 3 * torch.randn(6, 5), 3 * torch.randn(6, 5)
+    g.requires_grad_(), f_ema.requires_grad_()
+    v, perm, lam = torch.eye(6, dtype=torch.float64), None, None
+    if mixed:
+        perm, lam = torch.tensor([3, 1, 0, 5, 2, 4]), torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+        v = lam.double()[:, None] * v + (1 - lam.double())[:, None] * v[perm]
+    targets = torch.stack([row / row.norm() for row in f_ema.detach().double()]).T  # F~  (D, N)
+    distance, dropped = 0, 0
+    for i in range(6):
+        prediction, target = g[i].double() / g[i].double().norm(), targets @ v[i]
+        distance = distance + ((prediction - target) ** 2).sum() / 6
+        dropped = dropped + (1 - (target**2).sum()) / 6  # of a mixed label, and without gradient
+    assert (abs(dropped) > 0.05) == mixed
+    loss = byol.byol_loss(g, f_ema, perm, lam)
+    torch.testing.assert_close(loss.double(), distance + dropped, rtol=1e-6, atol=1e-6)
+    expected_gradient, = torch.autograd.grad(distance, g)
+    loss.backward()
+    assert g.grad.abs().max() > 1e-3
+    torch.testing.assert_close(g.grad, expected_gradient, rtol=1e-5, atol=1e-6)
+    assert f_ema.grad is None
+
+
+def test_loss_stays_float32_under_autocast():
+    g, f_ema = torch.randn(8, 16), torch.randn(8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = byol.byol_loss(g, f_ema)
+    assert autocast.dtype == torch.float32 and torch.equal(autocast, byol.byol_loss(g, f_ema))
+
+
+class Views:
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        for _ in range(3):
+            x = torch.randn(16, 6)
+            yield x, x + 0.1 * torch.randn(16, 6)
+
+
+def networks(seed=0):
+    torch.manual_seed(seed)
+    return byol.MLP5Layer([4, 2], 1), byol.projection_head(32, 8), byol.projection_head(8, 8)
+
+
+def test_symmetric_is_both_directions(monkeypatch):
+    pairs = []
+    loss_of = byol.byol_loss
+    monkeypatch.setattr(byol, "byol_loss", lambda g, f_ema, *mixed: pairs.append(len(mixed)) or loss_of(g, f_ema, *mixed))
+    byol.pretrain(*networks(), Views(), alpha=1.0, epochs=1, warmup_epochs=0)
+    assert pairs == [2] * 3
+    byol.pretrain(*networks(), Views(), alpha=0.0, symmetric=True, epochs=1, warmup_epochs=0)
+    assert pairs[3:] == [0] * 6
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True, "m": 0.0}, {"amp": torch.float16}], ids=str)
+def test_state_goes_on_bit_for_bit(options):
+    options = {"epochs": 6, "lr": 0.1, "warmup_epochs": 2} | options
+    states = []
+
+    def keep(log, get_state):
+        torch.save(get_state(), file := io.BytesIO())
+        file.seek(0)
+        states.append(torch.load(file, weights_only=True))
+
+    encoder, *rest = networks()
+    log = byol.pretrain(encoder, *rest, Views(), after_epoch=keep, **options)
+    again, *rest = networks(seed=1)
+    log_again = byol.pretrain(again, *rest, Views(), state=states[2], **options)
+    assert [row["loss"] for row in log] == [row["loss"] for row in log_again]
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+
+
+def spread(model, x):
+    """Standard deviation of the normalised outputs in units of 1/sqrt(D): near 1 where they fill the sphere, 0 where
+    all are the same."""
+    with torch.no_grad():
+        z = F.normalize(model.eval()(x), dim=1)
+    return (z.std(dim=0).mean() * z.shape[1] ** 0.5).item()
+
+
+def train_on_digits(predictor=True, **options):
+    torch.manual_seed(0)
+    data = common.load_table("digits", "data", torch.device("cpu"))
+    encoder, head = byol.MLP5Layer(data.groups, 2), byol.projection_head(64, 32)[:-1]  # BatchNorm last would hide collapse
+    predictor = byol.projection_head(32, 32)[:-1] if predictor else nn.Identity()
+    loader = common.TwoViews(data.x_train, data.view, 128)
+    if "stop_gradient" not in options:
+        byol.pretrain(encoder, head, predictor, loader, epochs=20, lr=0.1, warmup_epochs=0, symmetric=True, **options)
+    else:  # SimSiam written out, with the gradient flowing into the target
+        model = nn.Sequential(encoder, head)
+        optimizer = torch.optim.SGD([*model.parameters(), *predictor.parameters()], 0.1, momentum=0.9, weight_decay=1e-4)
+        for _ in range(20):
+            for x, x_tilde in loader:
+                f, f_tilde = model(x), model(x_tilde)
+                loss = -F.cosine_similarity(predictor(f), f_tilde) - F.cosine_similarity(predictor(f_tilde), f)
+                optimizer.zero_grad()
+                loss.mean().backward()
+                optimizer.step()
+    return spread(nn.Sequential(encoder, head), data.x_train)
+
+
+@pytest.mark.parametrize("m", [0.0, 0.99])
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+def test_byol_and_simsiam_do_not_collapse(m, alpha):
+    assert train_on_digits(m=m, alpha=alpha) > 0.6
+
+
+def test_without_the_predictor_simsiam_collapses():
+    assert train_on_digits(predictor=False, m=0.0, alpha=0.0) < 0.15
+
+
+def test_without_the_stop_gradient_simsiam_collapses():
+    assert train_on_digits(stop_gradient=False) < 0.15

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT
+"""moco_imix.py's own parts: the loss, the queue, the EMA encoder."""
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import moco_imix as moco
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.2])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_loss_and_gradient_equal_the_equation(mixed, temperature):
+    torch.manual_seed(0)
+    f, f_ema, queue = 3 * torch.randn(6, 5), 3 * torch.randn(6, 5), F.normalize(torch.randn(11, 5), dim=1)
+    f.requires_grad_(), f_ema.requires_grad_(), queue.requires_grad_()
+    v, perm, lam = torch.eye(6, dtype=torch.float64), None, None
+    if mixed:
+        perm, lam = torch.tensor([3, 1, 0, 5, 2, 4]), torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+        v = lam.double()[:, None] * v + (1 - lam.double())[:, None] * v[perm]
+    expected = 0
+    for i in range(6):
+        keys = [*f_ema.detach().double(), *queue.detach().double()]
+        s = [torch.dot(f[i].double(), k) / (f[i].double().norm() * k.norm()) for k in keys]
+        denominator = sum(torch.exp(s[k] / temperature) for k in range(6)) + sum(
+            torch.exp(s[6 + k] / temperature) for k in range(11))
+        expected = expected - sum(v[i, n] * torch.log(torch.exp(s[n] / temperature) / denominator) for n in range(6)) / 6
+    expected_gradient, = torch.autograd.grad(expected, f)
+    loss = moco.moco_loss(f, f_ema, queue.detach(), temperature, perm, lam)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    loss.backward()
+    assert f.grad.abs().max() > 1e-3
+    torch.testing.assert_close(f.grad, expected_gradient, rtol=1e-5, atol=1e-6)
+    assert f_ema.grad is None and queue.grad is None
+
+
+def test_loss_stays_float32_under_autocast():
+    f, f_ema, queue = torch.randn(8, 16), torch.randn(8, 16), F.normalize(torch.randn(32, 16), dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = moco.moco_loss(f, f_ema, queue, 0.2)
+    assert autocast.dtype == torch.float32 and torch.equal(autocast, moco.moco_loss(f, f_ema, queue, 0.2))
+
+
+@pytest.mark.parametrize("n, k", [(4, 12), (4, 4), (5, 12), (7, 12), (12, 5), (10, 5), (1, 3)])
+def test_queue_holds_the_last_keys_oldest_first_out(n, k):
+    """Of every batch so far, the last K keys, and place `pointer` is the oldest's."""
+    torch.manual_seed(0)
+    queue, pointer = F.normalize(torch.randn(k, 6), dim=1), 0
+    history = list(queue.clone())
+    for _ in range(9):
+        keys = 3 * torch.randn(n, 6)
+        history += list(F.normalize(keys, dim=1))
+        pointer = moco.enqueue(queue, keys, pointer)
+        torch.testing.assert_close(queue.roll(-pointer, dims=0), torch.stack(history[-k:]), rtol=0, atol=0)
+
+
+def test_ema_equals_its_closed_form():
+    torch.manual_seed(0)
+    model, ema = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    first, m, n = [p.clone() for p in ema.parameters()], 0.9, 7
+    buffers = [b.clone() for b in ema.buffers()]
+    for _ in range(n):
+        moco.update_ema(ema, model, m)
+    for start, p, target in zip(first, ema.parameters(), model.parameters()):
+        torch.testing.assert_close(p, m**n * start + (1 - m**n) * target)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, ema.buffers()))
+    moco.update_ema(ema, model, 0.0)
+    assert all(torch.equal(p, q) for p, q in zip(ema.parameters(), model.parameters()))
+
+
+class Views:
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        for _ in range(3):
+            x = torch.randn(16, 6)
+            yield x, x + 0.1 * torch.randn(16, 6)
+
+
+def networks(seed=0):
+    torch.manual_seed(seed)
+    return moco.MLP5Layer([4, 2], 1), moco.projection_head(32, 8)
+
+
+def test_a_step_is_the_paper_s(monkeypatch):
+    """The first step's queue, the EMA after it and the keys, followed by hand."""
+    seen = []
+    loss_of = moco.moco_loss
+
+    def moco_loss(f, f_ema, queue, *rest):
+        seen.append((f_ema.clone(), queue.clone(), f_ema.requires_grad))
+        return loss_of(f, f_ema, queue, *rest)
+
+    monkeypatch.setattr(moco, "moco_loss", moco_loss)
+    encoder, head = networks()
+    before = [p.detach().clone() for p in [*encoder.parameters(), *head.parameters()]]
+    states = []
+    moco.pretrain(encoder, head, Views(), m=0.9, queue_size=20, epochs=1, warmup_epochs=0, lr=0.1,
+                  after_epoch=lambda log, get_state: states.append(get_state()))
+    keys, queues, gradient = zip(*seen)
+    assert not any(gradient)
+    torch.testing.assert_close(queues[0].norm(dim=1), torch.ones(20))  # random unit vectors at first
+    assert torch.equal(queues[1][:16], F.normalize(keys[0], dim=1)) and torch.equal(queues[1][16:], queues[0][16:])
+    assert torch.equal(queues[2][torch.arange(16, 32) % 20], F.normalize(keys[1], dim=1))
+    assert states[0]["pointer"] == 48 % 20 and torch.equal(states[0]["queue"][torch.arange(32, 48) % 20],
+                                                           F.normalize(keys[2], dim=1))
+    after = [p.detach() for p in [*encoder.parameters(), *head.parameters()]]
+    ema = [states[0]["ema"][name] for name in states[0]["ema"] if "running" not in name and "num_batches" not in name]
+    moved = [(e - b).abs().max() for e, b in zip(ema, before)]
+    assert len(ema) == len(before) and max(moved) > 1e-4  # the EMA follows ...
+    assert sum((e - b).norm() for e, b in zip(ema, before)) < 0.5 * sum((a - b).norm() for a, b in zip(after, before))
+
+
+def test_state_goes_on_bit_for_bit():
+    options = {"epochs": 6, "lr": 0.1, "warmup_epochs": 2, "queue_size": 20}
+    states = []
+
+    def keep(log, get_state):
+        torch.save(get_state(), file := io.BytesIO())
+        file.seek(0)
+        states.append(torch.load(file, weights_only=True))
+
+    encoder, head = networks()
+    log = moco.pretrain(encoder, head, Views(), after_epoch=keep, **options)
+    again, head_again = networks(seed=1)
+    log_again = moco.pretrain(again, head_again, Views(), state=states[2], **options)
+    assert [row["loss"] for row in log] == [row["loss"] for row in log_again]
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": 2.0}, {"alpha": 1.0, "amp": torch.bfloat16},
+                                     {"alpha": 1.0, "amp": torch.float16}], ids=str)
+def test_pretrain_learns(options):
+    log = moco.pretrain(*networks(), Views(), epochs=30, lr=0.1, temperature=0.2, m=0.9, queue_size=64, **options)
+    assert log[-1]["loss"] < log[0]["loss"] - 0.3
