@@ -4,7 +4,7 @@ Representation Learning", ICLR 2021, https://arxiv.org/abs/2010.08887.
 
     python byol_imix.py                                         # CIFAR-10, BYOL + i-Mix: the paper's recipe
     python byol_imix.py --alpha 0                               # the same without i-Mix
-    python byol_imix.py --ema 0 --symmetric                     # SimSiam: the target from the online network
+    python byol_imix.py --ema 0 --symmetric --alpha 0           # SimSiam: the target from the online network
     python byol_imix.py --dataset covtype --width 8 --epochs 40              # a table; on a CPU, minutes
     python byol_imix.py --dataset my_images --arch resnet18     # your own images: train/CLASS/* and test/CLASS/*
     python byol_imix.py --dataset my.csv --label-column kind    # your own table
@@ -74,7 +74,7 @@ def byol_loss(g, f_ema, perm=None, lam=None):
         f_ema = F.normalize(f_ema.detach().float(), dim=1)  # (N, D)
         similarity = (g * f_ema).sum(dim=1)  # <g_i, f~_i>  (N,)
         if perm is not None:
-            similarity = lam * similarity + (1 - lam) * (g * f_ema[perm]).sum(dim=1)  # <g_i, F~ (mixed label)>
+            similarity = lam * similarity + (1 - lam) * (g * f_ema[perm]).sum(dim=1)  # <g_i, F~ v>  (N,)
         # |g - F~ v|^2 = 1 + |F~ v|^2 - 2 <g, F~ v>, and |F~ v| is 1 but for a mixed label; that term carries no
         # gradient, and 1 stands in for it, as in the published code.
         return (2 - 2 * similarity).mean()
@@ -114,7 +114,7 @@ def resnet(arch, channels, size):
 
 
 def projection_head(size, dim):
-    """The recipe's head, dropped after pre-training: (N, size) -> (N, dim)."""
+    """The recipe's projection head, dropped after pre-training, and BYOL's predictor: (N, size) -> (N, dim)."""
     return nn.Sequential(nn.Linear(size, size), nn.BatchNorm1d(size), nn.ReLU(inplace=True),
                          nn.Linear(size, dim), nn.BatchNorm1d(dim))
 
@@ -167,7 +167,8 @@ def pretrain(encoder, head, predictor, loader, *, alpha=1.0, mix=mixup, m=0.999,
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     if state:
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if state[name]:  # the scaler's is empty where fp16 was off
+                part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["rng_cuda"][: torch.cuda.device_count()])
     log, steps, last_loss = state["log"] if state else [], len(loader), "-"
@@ -215,7 +216,7 @@ def pretrain(encoder, head, predictor, loader, *, alpha=1.0, mix=mixup, m=0.999,
 # ------------------------------------------------------------------------------------------------------- command line
 def fail(message, code=2):
     """End the program with one line on stderr."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    print("\r\x1b[K" * sys.stderr.isatty() + f"{Path(__file__).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -232,10 +233,10 @@ def number(kind, low, high=math.inf):
 
 def pick_device(text):
     """An argparse type: the torch.device that auto, cpu, cuda, cuda:1 or mps stands for."""
-    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
-    name = {"auto": [*here, "cpu"][0], "cuda": "cuda:0"}.get(text, text)
-    if name not in [*here, "cpu"]:
-        raise argparse.ArgumentTypeError(f"{text} is not on this machine, which has {', '.join([*here, 'cpu'])}")
+    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"] + ["mps"] * torch.mps.is_available()
+    name = {"auto": here[0], "cuda": "cuda:0"}.get(text, text)
+    if name not in here:
+        raise argparse.ArgumentTypeError(f"{text} is not on this machine, which has {', '.join(here)}")
     return torch.device(name)
 
 
@@ -263,15 +264,16 @@ def load_checkpoint(path, flags):
         other = [flag for flag in flags | state["flags"] if state["flags"][flag] != flags[flag]]
     except Exception:  # a damaged file makes torch.load raise almost anything
         fail(f"{path} is cut short or not this script's checkpoint; it is left as it is: move it away to start anew")
-    for flag in other:
-        fail(f"--{flag.replace('_', '-')} {flags[flag]} contradicts {path}, made with {state['flags'][flag]}: go on "
-             "with the same flags, or start another run with --out")
+    if other:
+        flag, made_with = other[0], state["flags"][other[0]]
+        fail(f"--{flag.replace('_', '-')} {flags[flag]} contradicts {path}, made with {made_with}: go on with the same "
+             "flags, or start another run with --out")
     return state
 
 
 def is_table(dataset):
     """Whether a data set is a table (covtype, digits, a CSV file), and not images."""
-    return dataset in ("covtype", "digits") or dataset.endswith((".csv", ".csv.gz"))
+    return dataset in ("covtype", "digits") or dataset.endswith((".csv", ".csv.gz")) or os.path.isfile(dataset)
 
 
 def parse_args(argv):
@@ -282,14 +284,14 @@ def parse_args(argv):
     add = parser.add_argument
     add("--dataset", default="cifar10", help="cifar10, cifar100, a folder of images; covtype, digits, a CSV file")
     add("--data-dir", type=Path, default="data", help="where CIFAR and covtype lie, or are downloaded to")
-    add("--image-size", type=count, default=32, help="folder: to which its images are resized, in pixels")
+    add("--image-size", type=number(int, 1, 4097), default=32, help="folder: pixels to which its images are resized")
     add("--train-size", type=count, help="images: train on a stratified subset of so many")
     add("--label-column", metavar="NAME", help="CSV: the column that holds the labels")
     add("--test-share", type=number(float, 1e-12, 1), default=0.2, help="CSV: of the rows")
     add("--standardize", choices=["train", "all"], default="train", help="table: by which rows' mean and deviation")
     add("--mask", type=number(float, 0, 1), help="table: chance that a view zeroes a number; recipe: 0.2, with i-Mix 0")
     add("--mix", choices=["mixup", "cutmix"], default="mixup", help="how i-Mix mixes; cutmix: images alone")
-    add("--alpha", type=number(float, 0), help="of Beta(alpha, alpha); 0: no i-Mix; recipe: 1, of tables 2")
+    add("--alpha", type=number(float, 0, 1e6), help="of Beta(alpha, alpha); 0: no i-Mix; recipe: 1, of tables 2")
     add("--symmetric", action="store_true", help="both views are anchors in turn, as in BYOL's paper")
     add("--ema", type=number(float, 0, 1), default=0.999, help="m of the EMA encoder; 0: SimSiam")
     add("--epochs", type=count, help="of pre-training; recipe: 1000, of tables 500")
@@ -300,7 +302,7 @@ def parse_args(argv):
     add("--dim", type=count, default=128, help="D, the embedding's size")
     add("--arch", choices=["resnet18", "resnet34", "resnet50"], default="resnet50", help="images: the encoder")
     add("--width", type=count, default=64, help="tables: w of the encoder, whose representations are 32 w long")
-    add("--device", type=pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--device", type=pick_device, default="auto", help="auto (CUDA, else the CPU), cpu, cuda:1, mps")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 or fp16 on CUDA, else off")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--seed", type=number(int, 0, 1e6), default=0, help="of all that is random but the data's split")
@@ -334,9 +336,9 @@ def main(argv=None):
     free = "data_dir device compile out resume eval_every linear_epochs".split()  # these may change on --resume
     flags = {flag: value for flag, value in vars(args).items() if flag not in free}
     out, checkpoint, device, table = args.out, args.out / "checkpoint.pt", args.device, is_table(args.dataset)
-    if (out / "config.json").exists() and not args.resume:
+    if not args.resume and (os.path.exists(out / "config.json") or os.path.exists(checkpoint)):
         fail(f"{out} already holds a run: go on with it with --resume, or choose another folder with --out")
-    state = load_checkpoint(checkpoint, flags) if checkpoint.exists() else None
+    state = load_checkpoint(checkpoint, flags) if os.path.exists(checkpoint) else None
     try:
         if table:
             data = common.load_table(args.dataset, args.data_dir, device, mask=args.mask, standardize=args.standardize,
@@ -348,6 +350,9 @@ def main(argv=None):
         fail(error)
     if args.batch_size > len(data.x_train):
         fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} examples of {args.dataset}")
+    shape = list(data.x_train.shape)
+    if state and state["shape"] != shape:
+        fail(f"{args.dataset} has changed since {checkpoint} was made: training data {shape}, then {state['shape']}")
     git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -357,7 +362,8 @@ def main(argv=None):
         (out / "log.csv").write_text("epoch,loss,lr,examples_per_s\n" + "".join(log))
     except OSError as error:
         fail(f"{out} can't be written ({error.strerror}): choose another folder with --out")
-    torch.backends.cuda.matmul.allow_tf32 = False  # what autocast leaves in float32 (logits) stays float32
+    # No TF32: what autocast leaves in float32, the logits and the linear evaluation, stays float32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     amp = autocast_dtype(args.amp, device)
     torch.manual_seed(args.seed)
     predictor = projection_head(args.dim, args.dim)
@@ -377,7 +383,7 @@ def main(argv=None):
             print(*log[-1].values(), sep=",", file=file)
         start = time.monotonic()
         if start - saved > 100 * cost or len(log) == args.epochs:  # checkpoints take at most 1 % of the time
-            save(get_state() | {"flags": flags}, checkpoint)
+            save(get_state() | {"flags": flags, "shape": shape}, checkpoint)
             saved, cost = time.monotonic(), time.monotonic() - start
         if args.eval_every and len(log) % args.eval_every == 0 and len(log) < args.epochs:
             result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
@@ -389,7 +395,9 @@ def main(argv=None):
                  epochs=args.epochs, lr=args.lr * args.batch_size / 256, weight_decay=args.weight_decay,
                  warmup_epochs=args.warmup_epochs, amp=amp, compile=args.compile, state=state, after_epoch=after_epoch)
     except FloatingPointError as error:
-        fail(f"{error}; {checkpoint} is left as it was: a lower --lr may help, in another run with --out", 1)
+        fail(f"{error}; the last good checkpoint stays in {out}: a lower --lr may help, in another run with --out", 1)
+    except torch.OutOfMemoryError:
+        fail(f"out of memory on {device}: a smaller --batch-size or encoder may fit, in another run with --out", 1)
     save({name: tensor.cpu() for name, tensor in encoder.state_dict().items()}, out / "encoder.pt")
     result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
     save(result, out / "result.json")

@@ -7,6 +7,7 @@
 """
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -119,7 +120,7 @@ def read_covtype(data_dir):
     the digest. Copyright Jock A. Blackard and Colorado State University.
     """
     names = ("covtype.data.gz", "covtype.data", "covtype.csv", "covtype.csv.gz")
-    path = next((data_dir / name for name in names if (data_dir / name).exists()), None)
+    path = next((data_dir / name for name in names if os.path.exists(data_dir / name)), None)
     try:
         if path is None:
             x, y = fetch_covtype(data_home=data_dir, return_X_y=True)
@@ -191,7 +192,7 @@ def read_csv(path, label_column, test_share):
                 (binaries if different == 2 else numbers).append(values.to_numpy(np.float64))
         else:
             not_numbers = pd.to_numeric(values, errors="coerce").isna()
-            if not_numbers.mean() < 0.5:
+            if 0 < not_numbers.mean() < 0.5:
                 raise DataError(f"{path}: column '{column}', row {not_numbers.argmax() + 1}: "
                                 f"'{values[not_numbers.argmax()]}' is not a number, and most of the column is: correct "
                                 "it, or remove the row or the column")
@@ -243,6 +244,7 @@ def load_images(dataset, data_dir, device, *, image_size=32, train_size=None):
     else:
         mean = torch.stack([x_train[:, c].double().mean() / 255 for c in range(x_train.shape[1])]).float()
         std = torch.stack([x_train[:, c].double().std() / 255 for c in range(x_train.shape[1])]).float()
+        std[std == 0] = 1  # a channel without content
     mean, std = mean[:, None, None], std[:, None, None]  # (C, 1, 1)
     num_classes = int(max(y_train.max(), y_test.max())) + 1
     return Dataset(x_train, y_train, x_test, y_test, num_classes, lambda x: (image_view(x / 255) - mean) / std,
@@ -253,7 +255,7 @@ def read_cifar(name, data_dir):
     """CIFAR as uint8 images (n, 3, 32, 32) and labels: the binary distribution in data_dir, else torchvision's."""
     folder, train, test, label_bytes, *_ = CIFAR[name]
     remedy = f"put {folder}/ there, or take another --dataset (digits, or a folder of images)"
-    if not (data_dir / folder).exists():
+    if not os.path.exists(data_dir / folder):
         try:
             kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
             parts = [kind(data_dir, train=train, download=True) for train in (True, False)]
@@ -297,6 +299,8 @@ def read_image_folder(path, size):
         for i, (file, _) in enumerate(files.samples):
             try:
                 with Image.open(file) as image:
+                    if image.mode[0] in "IF":
+                        raise ValueError(f"mode {image.mode}: more than 8 bits a channel")
                     gray &= image.mode in ("L", "1")
                     image = image.convert("RGB")
             except Exception as error:  # PIL raises many types on a damaged file
@@ -310,7 +314,7 @@ def read_image_folder(path, size):
         progress("")
         return (images[:, :1] if gray else images), np.array(files.targets), files.classes
 
-    if not (path / "train").is_dir():
+    if not os.path.isdir(path / "train"):
         x, y, _ = read(path)
         try:
             return split(x, y, 0.2)
@@ -433,9 +437,9 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0):
 
     SGD with momentum 0.9, no weight decay, lr per 256 examples, x 0.2 after 80, 90 and 95 % of the epochs; weights
     from N(0, 0.01^2). BatchNorm is in eval mode, everything in float32. The training features are cached; where they
-    are of random views (images), they are drawn five times, each for a fifth of the epochs. Afterwards the encoder,
-    its modes and the random number generators are as before. Returns {"test_accuracy", "train_accuracy" (both in
-    [0, 1]), "protocol", "seconds"}.
+    are of random views (images), they are drawn five times, each for a fifth of the epochs, and train_accuracy is of
+    the last. Afterwards the encoder, its modes and the random number generators are as before. Returns
+    {"test_accuracy", "train_accuracy" (both in [0, 1]), "protocol", "seconds"}.
     """
     start, device = time.monotonic(), data.x_train.device
     batch_size = min(batch_size, len(data.x_train))

@@ -79,7 +79,7 @@ class MLP5Layer(nn.Module):
 
 
 def projection_head(size, dim):
-    """The recipe's head, dropped after pre-training: (N, size) -> (N, dim)."""
+    """The recipe's projection head, dropped after pre-training, and BYOL's predictor: (N, size) -> (N, dim)."""
     return nn.Sequential(nn.Linear(size, size), nn.BatchNorm1d(size), nn.ReLU(inplace=True),
                          nn.Linear(size, dim), nn.BatchNorm1d(dim))
 
@@ -117,7 +117,8 @@ def pretrain(encoder, head, loader, *, alpha=2.0, epochs=500, lr=0.25, weight_de
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     if state:
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if state[name]:  # the scaler's is empty where fp16 was off
+                part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["rng_cuda"][: torch.cuda.device_count()])
     log, steps, last_loss = state["log"] if state else [], len(loader), "-"
@@ -160,7 +161,7 @@ def pretrain(encoder, head, loader, *, alpha=2.0, epochs=500, lr=0.25, weight_de
 # ------------------------------------------------------------------------------------------------------- command line
 def fail(message, code=2):
     """End the program with one line on stderr."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    print("\r\x1b[K" * sys.stderr.isatty() + f"{Path(__file__).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -177,10 +178,10 @@ def number(kind, low, high=math.inf):
 
 def pick_device(text):
     """An argparse type: the torch.device that auto, cpu, cuda, cuda:1 or mps stands for."""
-    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
-    name = {"auto": [*here, "cpu"][0], "cuda": "cuda:0"}.get(text, text)
-    if name not in [*here, "cpu"]:
-        raise argparse.ArgumentTypeError(f"{text} is not on this machine, which has {', '.join([*here, 'cpu'])}")
+    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"] + ["mps"] * torch.mps.is_available()
+    name = {"auto": here[0], "cuda": "cuda:0"}.get(text, text)
+    if name not in here:
+        raise argparse.ArgumentTypeError(f"{text} is not on this machine, which has {', '.join(here)}")
     return torch.device(name)
 
 
@@ -208,9 +209,10 @@ def load_checkpoint(path, flags):
         other = [flag for flag in flags | state["flags"] if state["flags"][flag] != flags[flag]]
     except Exception:  # a damaged file makes torch.load raise almost anything
         fail(f"{path} is cut short or not this script's checkpoint; it is left as it is: move it away to start anew")
-    for flag in other:
-        fail(f"--{flag.replace('_', '-')} {flags[flag]} contradicts {path}, made with {state['flags'][flag]}: go on "
-             "with the same flags, or start another run with --out")
+    if other:
+        flag, made_with = other[0], state["flags"][other[0]]
+        fail(f"--{flag.replace('_', '-')} {flags[flag]} contradicts {path}, made with {made_with}: go on with the same "
+             "flags, or start another run with --out")
     return state
 
 
@@ -226,7 +228,7 @@ def parse_args(argv):
     add("--standardize", choices=["train", "all"], default="train", help="by which rows' mean and standard deviation")
     add("--data-dir", type=Path, default="data", help="where covtype lies")
     add("--mask", type=number(float, 0, 1), default=0.2, help="chance that a view zeroes a number")
-    add("--alpha", type=number(float, 0), default=2.0, help="of Beta(alpha, alpha); 0: no i-Mix")
+    add("--alpha", type=number(float, 0, 1e6), default=2.0, help="of Beta(alpha, alpha); 0: no i-Mix")
     add("--epochs", type=count, default=500, help="of pre-training")
     add("--batch-size", type=number(int, 2, 1e6), default=512, help="N")
     add("--lr", type=positive, default=0.125, help="learning rate per 256 examples")
@@ -235,7 +237,7 @@ def parse_args(argv):
     add("--warmup-epochs", type=number(int, 0, 1e6), help="10, or a quarter of --epochs if that is less, unless given")
     add("--dim", type=count, default=128, help="D, the embedding's size")
     add("--width", type=count, default=64, help="w of the encoder, whose representations are 32 w long")
-    add("--device", type=pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--device", type=pick_device, default="auto", help="auto (CUDA, else the CPU), cpu, cuda:1, mps")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 or fp16 on CUDA, else off")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--seed", type=number(int, 0, 1e6), default=0, help="of all that is random but a CSV's split")
@@ -259,9 +261,9 @@ def main(argv=None):
     free = "data_dir device compile out resume eval_every linear_epochs".split()  # these may change on --resume
     flags = {flag: value for flag, value in vars(args).items() if flag not in free}
     out, checkpoint, device = args.out, args.out / "checkpoint.pt", args.device
-    if (out / "config.json").exists() and not args.resume:
+    if not args.resume and (os.path.exists(out / "config.json") or os.path.exists(checkpoint)):
         fail(f"{out} already holds a run: go on with it with --resume, or choose another folder with --out")
-    state = load_checkpoint(checkpoint, flags) if checkpoint.exists() else None
+    state = load_checkpoint(checkpoint, flags) if os.path.exists(checkpoint) else None
     try:
         data = common.load_table(args.dataset, args.data_dir, device, mask=args.mask, standardize=args.standardize,
                                  label_column=args.label_column, test_share=args.test_share)
@@ -269,6 +271,9 @@ def main(argv=None):
         fail(error)
     if args.batch_size > len(data.x_train):
         fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training rows of {args.dataset}")
+    shape = list(data.x_train.shape)
+    if state and state["shape"] != shape:
+        fail(f"{args.dataset} has changed since {checkpoint} was made: training data {shape}, then {state['shape']}")
     git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -278,7 +283,8 @@ def main(argv=None):
         (out / "log.csv").write_text("epoch,loss,lr,examples_per_s\n" + "".join(log))
     except OSError as error:
         fail(f"{out} can't be written ({error.strerror}): choose another folder with --out")
-    torch.backends.cuda.matmul.allow_tf32 = False  # what autocast leaves in float32 (logits) stays float32
+    # No TF32: what autocast leaves in float32, the logits and the linear evaluation, stays float32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     amp = autocast_dtype(args.amp, device)
     torch.manual_seed(args.seed)
     encoder = MLP5Layer(data.groups, args.width).to(device)
@@ -293,7 +299,7 @@ def main(argv=None):
             print(*log[-1].values(), sep=",", file=file)
         start = time.monotonic()
         if start - saved > 100 * cost or len(log) == args.epochs:  # checkpoints take at most 1 % of the time
-            save(get_state() | {"flags": flags}, checkpoint)
+            save(get_state() | {"flags": flags, "shape": shape}, checkpoint)
             saved, cost = time.monotonic(), time.monotonic() - start
         if args.eval_every and len(log) % args.eval_every == 0 and len(log) < args.epochs:
             result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
@@ -305,7 +311,9 @@ def main(argv=None):
                  temperature=args.temperature, warmup_epochs=args.warmup_epochs, amp=amp, compile=args.compile,
                  state=state, after_epoch=after_epoch)
     except FloatingPointError as error:
-        fail(f"{error}; {checkpoint} is left as it was: a lower --lr may help, in another run with --out", 1)
+        fail(f"{error}; the last good checkpoint stays in {out}: a lower --lr may help, in another run with --out", 1)
+    except torch.OutOfMemoryError:
+        fail(f"out of memory on {device}: a smaller --batch-size or encoder may fit, in another run with --out", 1)
     save({name: tensor.cpu() for name, tensor in encoder.state_dict().items()}, out / "encoder.pt")
     result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
     save(result, out / "result.json")

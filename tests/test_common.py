@@ -311,6 +311,19 @@ def test_gray_images_have_one_channel(tmp_path):
     assert common.load_images(str(tmp_path), "data", CPU, image_size=16).x_train.shape[1] == 1
 
 
+def test_a_channel_without_content_does_no_harm(tmp_path):
+    write_images(tmp_path)  # its green and blue channels are constant
+    data = common.load_images(str(tmp_path), "data", CPU, image_size=16)
+    assert data.plain(data.x_train).isfinite().all() and data.view(data.x_train).isfinite().all()
+
+
+def test_images_of_16_bits_are_refused(tmp_path):
+    write_images(tmp_path)
+    Image.new("I;16", (16, 16), 40000).save(tmp_path / "ant/0.png")
+    with pytest.raises(common.DataError, match="0.png can't be read as an image .mode I;16: more than 8 bits a channel"):
+        common.load_images(str(tmp_path), "data", CPU, image_size=16)
+
+
 def test_digits_as_images():
     data = common.load_images("digits", "data", CPU)
     assert data.x_train.shape == (1437, 1, 8, 8) and data.x_train.dtype == torch.uint8 and data.x_train.max() == 255

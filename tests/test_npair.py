@@ -213,6 +213,14 @@ def test_state_goes_on_bit_for_bit(amp):
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
+def test_state_without_a_scaler_goes_on_with_one():
+    """A run begun on the CPU may go on where fp16 autocast wants its GradScaler."""
+    states = []
+    npair.pretrain(*networks(), RandomViews(), epochs=2, after_epoch=lambda log, get_state: states.append(get_state()))
+    log = npair.pretrain(*networks(), RandomViews(), epochs=4, amp=torch.float16, state=states[-1])
+    assert [row["epoch"] for row in log] == [1, 2, 3, 4]
+
+
 def test_a_broken_last_step_is_noticed_before_the_checkpoint(monkeypatch):
     """A last step of an epoch that breaks the weights leaves the epoch's loss finite; after_epoch must not see it."""
     monkeypatch.setattr(npair, "schedule", lambda step, steps, warmup: 1e39 if step == 7 else 0.1)

@@ -209,10 +209,10 @@ def ends(capsys, flags, code=2, script=npair_tabular):
     return error.removeprefix(f"{Path(script.__file__).name}: ").strip()
 
 
-FROM_0, ABOVE_0 = "number from 0 to below inf", "number from 1e-12 to below inf"
+SOME, FROM_0, ABOVE_0 = "number from 0 to below 1e+06", "number from 0 to below inf", "number from 1e-12 to below inf"
 COUNT, COUNT_0 = "whole number from 1 to below 1e+06", "whole number from 0 to below 1e+06"
 BAD_FLAGS = {
-    "--alpha nan": FROM_0, "--alpha inf": FROM_0, "--alpha -1": FROM_0, "--alpha much": FROM_0,
+    "--alpha nan": SOME, "--alpha inf": SOME, "--alpha -1": SOME, "--alpha much": SOME, "--alpha 1e39": SOME,
     "--epochs 0": COUNT, "--epochs 1.5": COUNT, "--epochs 1" + "0" * 400: COUNT, "--batch-size -5": "whole number from 2 to "
     "below 1e+06", "--batch-size 1": "whole number from 2 to below 1e+06", "--lr 0": ABOVE_0, "--lr nan": ABOVE_0,
     "--lr inf": ABOVE_0, "--weight-decay -1e-4": FROM_0, "--temperature 0": ABOVE_0, "--temperature -inf": ABOVE_0,
@@ -318,10 +318,38 @@ def test_a_checkpoint_that_is_none_is_refused_and_left(capsys, tmp_path, kind):
     assert checkpoint.read_bytes() == content and len(list(tmp_path.iterdir())) == 1
 
 
+def test_resume_with_other_data_is_refused(capsys, tmp_path):
+    out, table = tmp_path / "run", tmp_path / "my.csv"
+    flags = ["--dataset", table, "--label-column", "y", "--width", 1, "--batch-size", 8, "--epochs", 1, "--out", out]
+    table.write_text("a,b,y\n" + "".join(f"{i / 7},{i % 5},{i % 2}\n" for i in range(40)))
+    npair_tabular.main(list(map(str, flags)))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    table.write_text("a,b,c,y\n" + "".join(f"{i / 7},{i % 5},{i % 3},{i % 2}\n" for i in range(40)))
+    assert ends(capsys, [*flags, "--resume"]) == (
+        f"{table} has changed since {out / 'checkpoint.pt'} was made: training data [32, 3], then [32, 2]")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_paths_that_cannot_be(capsys, tmp_path):
+    for flags in (["--out", "x" * 300], ["--dataset", "x" * 300, "--out", tmp_path / "run"],
+                  ["--dataset", "covtype", "--data-dir", "x" * 300, "--out", tmp_path / "run"]):
+        assert "File name too long" in ends(capsys, [*SMALL, *flags])
+    assert "File name too long" in ends(capsys, ["--dataset", "x" * 300, "--out", tmp_path], script=simclr_imix)
+
+
+def test_out_of_memory_is_one_line(capsys, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate ...")
+
+    monkeypatch.setattr(npair_tabular, "pretrain", full)
+    assert ends(capsys, [*SMALL, "--out", tmp_path], code=1) == \
+        "out of memory on cpu: a smaller --batch-size or encoder may fit, in another run with --out"
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(npair_tabular, "schedule", lambda step, *_: 1e30 if step >= 30 else 0.1)  # in epoch 3 of 11 steps
     error = ends(capsys, [*SMALL, "--epochs", 5, "--out", tmp_path], code=1)
-    assert error == (f"the loss is no longer finite in epoch 3; {tmp_path / 'checkpoint.pt'} is left as it was: a lower --lr "
+    assert error == (f"the loss is no longer finite in epoch 3; the last good checkpoint stays in {tmp_path}: a lower --lr "
                      "may help, in another run with --out")
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert 1 <= len(state["log"]) <= 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
@@ -331,8 +359,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(capsys, monkeypatch, tmp_path):
 def test_bad_input_ends_a_process_without_a_traceback(tmp_path):
     process = subprocess.run(command("--alpha", "nan"), capture_output=True, text=True, cwd=tmp_path)
     assert process.returncode == 2 and process.stdout == ""
-    assert process.stderr == ("npair_tabular.py: argument --alpha: nan is not a number from 0 to below inf (--help lists the "
-                              "flags)\n")
+    assert process.stderr == ("npair_tabular.py: argument --alpha: nan is not a number from 0 to below 1e+06 (--help lists "
+                              "the flags)\n")
 
 
 # ------------------------------------------------------------------------------------------------- each file on its own

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""What MoCo's and BYOL's steps cost beyond their networks: EMA update, queue and loss, as a share of the step.
+
+    python tests/bench_ema.py
+
+Rows of CovType's shape at --width 32, N = 512; on a GPU also resnet18 on 32 x 32 images, N = 256. The step is
+pretrain()'s, with views and mixing; the parts are timed alone, on tensors of the step's shapes, in the same rounds.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import byol_imix as byol
+import common
+import moco_imix as moco
+from bench_npair import seconds
+
+GROUPS, D, K = [10, 4, 40], 128, 4096
+
+
+def measure(name, x, view, n, networks, device, amp, rounds):
+    """Print one line for MoCo and one for BYOL: the step, its parts, their share."""
+    f, f_ema = (torch.randn(n, D, device=device, requires_grad=grad) for grad in (True, False))
+    queue = F.normalize(torch.randn(K, D, device=device), dim=1)
+    perm, lam = torch.randperm(n, device=device), torch.rand(n, device=device) / 2 + 0.5
+    encoder, head = networks()
+    model = nn.Sequential(encoder, head)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    predictor = byol.projection_head(D, D).to(device)
+    loader = common.TwoViews(x, view, n)
+    options = {"epochs": 1, "warmup_epochs": 0, "amp": amp}
+    parts = {
+        "MoCo": [lambda: moco.update_ema(ema, model, 0.999), lambda: moco.enqueue(queue, f_ema, 4000),
+                 lambda: moco.moco_loss(f, f_ema, queue, 0.1, perm, lam).backward()],
+        "BYOL": [lambda: byol.update_ema(ema, model, 0.999), lambda: byol.byol_loss(f, f_ema, perm, lam).backward()]}
+    loops = {"MoCo": lambda: moco.pretrain(*networks(), loader, queue_size=K, **options),
+             "BYOL": lambda: byol.pretrain(*networks(), predictor, loader, **options)}
+    for method, loop in loops.items():
+        with contextlib.redirect_stdout(io.StringIO()):
+            for part in [*parts[method]] * 3:
+                part()  # warm up
+            shares, steps = [], []
+            for _ in range(rounds):
+                steps.append(seconds(loop, device) / len(loader))
+                cost = sum(seconds(lambda: [part() for _ in range(10)], device) / 10 for part in parts[method])
+                shares.append(cost / steps[-1])
+        print(f"  {method}, {name}: {n / statistics.median(steps):,.0f} examples/s; EMA, {'queue, ' * (method == 'MoCo')}loss "
+              f"take {statistics.median(shares):.1%} of the step", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", type=moco.pick_device, default="auto")
+    args = parser.parse_args()
+    device = args.device
+    amp = moco.autocast_dtype("auto", device)
+    torch.manual_seed(0)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"MoCo's and BYOL's steps, {where}, torch {torch.__version__}, medians of {args.rounds} rounds")
+
+    def of_tables():
+        nets = moco.MLP5Layer(GROUPS, args.width), moco.projection_head(32 * args.width, D)
+        return [net.to(device) for net in nets]
+
+    rows = torch.randn(15 * 512, sum(GROUPS), device=device)
+    measure(f"w = {args.width}, N = 512", rows, lambda x: x, 512, of_tables, device, amp, args.rounds)
+    if device.type == "cuda":
+        def of_images():
+            return [net.to(device) for net in (moco.resnet("resnet18", 3, 32), moco.projection_head(512, D)[:-1])]
+
+        images = torch.randint(256, (40 * 256, 3, 32, 32), dtype=torch.uint8, device=device)
+        measure("resnet18, N = 256", images, lambda x: common.image_view(x / 255), 256, of_images, device, amp, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
