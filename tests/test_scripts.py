@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
+from PIL import Image
 
 import byol_imix
 import common
@@ -89,7 +89,7 @@ def test_moco_and_byol_run_on_images(tmp_path, script, flags):
     for i in range(40):
         path = tmp_path / "images" / ("ant", "bee")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torchvision.io.write_png(torch.randint(256, (3, 8, 8), dtype=torch.uint8), str(path))
+        Image.fromarray(torch.randint(256, (8, 8, 3), dtype=torch.uint8).numpy()).save(path)
     out = tmp_path / "run"
     script.main(["--dataset", str(tmp_path / "images"), "--image-size", "8", "--batch-size", "8", "--arch", "resnet18",
                  "--epochs", "2", "--linear-epochs", "2", "--device", "cpu", "--out", str(out), *flags])
