@@ -72,13 +72,13 @@ def moco_loss(f, f_ema, queue, temperature, perm=None, lam=None):
     with torch.autocast(f.device.type, enabled=False):  # float32 logits: bf16 would round s / tau away
         f = F.normalize(f.float(), dim=1)  # (N, D)
         f_ema = F.normalize(f_ema.detach().float(), dim=1)  # (N, D)
-        logits = f @ torch.cat([f_ema, queue]).T / temperature  # s(f_i, f~EMA_n) / tau, s(f_i, mu_k) / tau  (N, N + K)
+        logits = f / temperature @ torch.cat([f_ema, queue]).T  # s(f_i, f~EMA_n) / tau, s(f_i, mu_k) / tau  (N, N + K)
         log_p = F.log_softmax(logits, dim=1)  # over the batch's keys n and the queue's k  (N, N + K)
-        loss = -log_p.diagonal()  # l(x_i, v_i)  (N,)
-        if perm is not None:
-            loss_j = -log_p.gather(1, perm[:, None]).squeeze(1)  # l(x_i, v_j)  (N,)
-            loss = lam * loss + (1 - lam) * loss_j
-        return loss.mean()
+        if perm is None:
+            return -log_p.diagonal().mean()  # l(x_i, v_i)
+        labels = torch.stack([torch.arange(len(f), device=f.device), perm], dim=1)  # i, j  (N, 2)
+        loss_i, loss_j = -log_p.gather(1, labels).T  # l(x_i, v_i), l(x_i, v_j); one gather is one pass less  (N,) each
+        return (lam * loss_i + (1 - lam) * loss_j).mean()
 
 
 def enqueue(queue, f_ema, pointer):

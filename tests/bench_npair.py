@@ -3,8 +3,8 @@
 
     python tests/bench_npair.py --width 32
 
-Real loop: pretrain() with the shuffling loader, views, mixing, log and, every other epoch, a checkpoint, on rows of
-CovType's shape.
+Real loop: pretrain() with the shuffling loader, views, mixing, log and checkpoints as often as main() writes them, on
+rows of CovType's shape.
 Bare step: the same networks, loss and SGD on resident tensors: no views, no mixing, nothing else.
 torch.mm: the largest layer's product, (2N, 64 w) x (64 w, 128 w), in the networks' dtype.
 The three take turns; each figure is the median over the rounds.
@@ -81,13 +81,18 @@ def main():
     loader = common.TwoViews(x, view, N)
     folder = Path(tempfile.mkdtemp())
 
-    def loop():  # two epochs
-        def after_epoch(log, get_state):
-            with open(folder / "log.csv", "a") as file:
-                print(*log[-1].values(), sep=",", file=file)
-            if len(log) == 2:
-                npair.save(get_state(), folder / "checkpoint.pt")
+    saved, cost = time.monotonic(), 0.0
 
+    def after_epoch(log, get_state):  # main()'s
+        nonlocal saved, cost
+        with open(folder / "log.csv", "a") as file:
+            print(*log[-1].values(), sep=",", file=file)
+        start = time.monotonic()
+        if start - saved > 100 * cost:
+            npair.save(get_state(), folder / "checkpoint.pt")
+            saved, cost = time.monotonic(), time.monotonic() - start
+
+    def loop():  # two epochs
         with contextlib.redirect_stdout(io.StringIO()):
             npair.pretrain(loop_encoder, loop_head, loader, epochs=2, warmup_epochs=0, temperature=TAU, amp=amp,
                            after_epoch=after_epoch)
