@@ -283,8 +283,7 @@ def main(argv=None):
         (out / "log.csv").write_text("epoch,loss,lr,examples_per_s\n" + "".join(log))
     except OSError as error:
         fail(f"{out} can't be written ({error.strerror}): choose another folder with --out")
-    # No TF32: what autocast leaves in float32, the logits and the linear evaluation, stays float32.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 stays float32
     amp = autocast_dtype(args.amp, device)
     torch.manual_seed(args.seed)
     encoder = MLP5Layer(data.groups, args.width).to(device)
