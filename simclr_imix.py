@@ -251,6 +251,7 @@ def load_checkpoint(path, flags):
 
 
 def parse_args(argv):
+    """The flags, each checked before any data is touched; a bad one ends the program."""
     positive, count = number(float, 1e-12), number(int, 1, 1e6)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
