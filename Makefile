@@ -23,14 +23,14 @@ setup: .venv/installed
 covtype: data/covtype.csv
 
 data/covtype.csv: | .venv/installed
-	rm -rf data/covtype.part
-	mkdir -p data/covtype.part
-	$(PY) -m pip download -q -d data/covtype.part $(WHEEL)
-	$(PY) -m zipfile -e data/covtype.part/*.whl data/covtype.part
-	mv data/covtype.part/skmultiflow/data/datasets/covtype.csv data/covtype.part/csv
-	$(PY) -c 'import hashlib, sys; sys.exit(hashlib.file_digest(open("data/covtype.part/csv", "rb"), "sha256").hexdigest() != "$(SHA256)" and "covtype.csv: the digest differs")'
-	mv data/covtype.part/csv $@
-	rm -rf data/covtype.part
+	rm -rf data/.covtype
+	mkdir -p data/.covtype
+	$(PY) -m pip download -q -d data/.covtype $(WHEEL)
+	$(PY) -m zipfile -e data/.covtype/*.whl data/.covtype
+	mv data/.covtype/skmultiflow/data/datasets/covtype.csv data/.covtype/csv
+	$(PY) -c 'import hashlib, sys; sys.exit(hashlib.file_digest(open("data/.covtype/csv", "rb"), "sha256").hexdigest() != "$(SHA256)" and "covtype.csv: the digest differs")'
+	mv data/.covtype/csv $@
+	rm -rf data/.covtype
 	@echo "data/covtype.csv: Copyright Jock A. Blackard and Colorado State University; reuse unlimited with this notice"
 
 demo: setup
@@ -51,6 +51,6 @@ bench: setup
 	for bench in tests/bench_*.py; do $(PY) $$bench || exit 1; done
 
 clean:
-	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__ runs/demo-alpha0 runs/demo-alpha2 data/covtype.part
+	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__ runs/demo-alpha0 runs/demo-alpha2 data/.covtype
 
 .PHONY: help setup covtype demo test bench clean

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,8 @@ def read_covtype(data_dir):
     path = next((data_dir / name for name in names if os.path.exists(data_dir / name)), None)
     try:
         if path is None:
-            x, y = fetch_covtype(data_home=data_dir, return_X_y=True)
+            with warnings.catch_warnings(action="ignore"):  # of each try to download
+                x, y = fetch_covtype(data_home=data_dir, return_X_y=True)
             rows = np.column_stack([x, y])
         else:
             first = pd.read_csv(path, header=None, nrows=1, dtype=str).iat[0, 0]
