@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: MIT
 """What the i-Mix scripts share: data sets as tensors on the training device, and the linear evaluation.
 
-    data = load_table("covtype", "data", device)        # or load_images: a Dataset of tensors, labels and views
+    data = load_table("covtype", "data", device)        # or load_images, load_speech: a Dataset, whole on the device
     loader = TwoViews(data.x_train, data.view, 512)     # yields (x, x_tilde), shuffled on the device
     result = linear_eval(encoder, data)                 # {"test_accuracy": ..., "train_accuracy": ..., ...}
 """
 
+import io
 import math
 import os
+import shutil
 import sys
 import time
 import warnings
+import wave
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+import torchaudio
 import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
@@ -38,8 +44,9 @@ class DataError(Exception):
 class Dataset:
     """A data set, whole, on the training device.
 
-    x_train, x_test: raw examples: rows (n, columns) float32, or images (n, C, H, W) uint8. y_train, y_test: (n,) int64
-    class indices. view: raw batch -> one random float32 view of it. plain: raw batch -> the float32 input.
+    x_train, x_test: raw examples: rows (n, columns) float32, images (n, C, H, W) uint8, or clips (n, samples) int16.
+    y_train, y_test: (n,) int64 class indices. view: raw batch -> one random float32 view of it. plain: raw batch -> the
+    float32 input.
     eval_view: raw batch -> the view of the training examples in the linear evaluation, where that is not plain.
     groups: tables only, the number of columns in each column group, in column order.
     """
@@ -78,6 +85,16 @@ def split(x, y, test_share):
     """Split rows x and class indices y into x_train, y_train, x_test, y_test: stratified, the same at every call."""
     x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=test_share, stratify=y, random_state=0)
     return x_train, y_train, x_test, y_test
+
+
+def subset(x, y, size):
+    """A stratified subset of size training examples, the same at every call; all of them where size is None."""
+    if size in (None, len(y)):
+        return x, y
+    try:
+        return split(x, y, len(y) - size)[:2]
+    except ValueError as error:
+        raise DataError(f"--train-size {size} of the {len(y):,} training examples: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -235,11 +252,7 @@ def load_images(dataset, data_dir, device, *, image_size=32, train_size=None):
         x_train, y_train, x_test, y_test = split((x * 255 / 16).round().astype(np.uint8).reshape(-1, 1, 8, 8), y, 0.2)
     else:
         x_train, y_train, x_test, y_test = read_image_folder(Path(dataset), image_size)
-    if train_size not in (None, len(y_train)):
-        try:
-            x_train, y_train, _, _ = split(x_train, y_train, len(y_train) - train_size)
-        except ValueError as error:
-            raise DataError(f"--train-size {train_size} of the {len(y_train):,} training images: {error}") from None
+    x_train, y_train = subset(x_train, y_train, train_size)
     x_train, y_train, x_test, y_test = (torch.as_tensor(a, device=device) for a in (x_train, y_train, x_test, y_test))
     if dataset in CIFAR:
         mean, std = (torch.tensor(values, device=device) for values in CIFAR[dataset][4:])
@@ -431,6 +444,240 @@ def adjust_hue(x, shift):
     turns = torch.stack([hue, hue - 1 / 3, hue - 2 / 3], dim=1)  # (N, 3, H, W)
     share = turns.sub_(turns.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
     return share.mul_(chroma[:, None]).add_(low[:, None])
+
+
+# -------------------------------------------------------------------------------------------------------------- speech
+COMMANDS = "yes no up down left right on off stop go".split()
+NOISE, WAV, LISTS = "_background_noise_", "*.[wW][aA][vV]", ("validation_list.txt", "testing_list.txt")
+RATE = 16_000  # Hz; a clip lasts a second
+N_FFT, HOP, FRAMES, BANDS = 2048, 512, 32, 32
+
+
+def load_speech(dataset, data_dir, device, *, version="v0.01", train_size=None):
+    """Load 'speech_commands' or the folder of recordings WORD/*.wav at the path `dataset` onto `device`.
+
+    Clips last a second at 16 kHz: longer ones are cut, shorter ones filled up with zeros. Where one of the ten COMMANDS
+    is among the words, the classes are the paper's 12: these, 'unknown' for every other word, and 'silence', clips of
+    zeros, a tenth as many as there are training clips; else the words are the classes. train_size: keep a stratified
+    subset of so many training clips. Raises DataError on data that is missing, can't be used or does not fit.
+    """
+    if dataset == "speech_commands":
+        folder, train, test = list_speech_commands(Path(data_dir), f"speech_commands_{version}")
+    else:
+        folder, train, test = list_words(Path(dataset))
+    files, noise = train + test, [read_wav(path) for path in sorted((folder / NOISE).glob(WAV))]
+    words = sorted({file.split("/")[0] for file in files})
+    if not train or not test or len(words) < 2:
+        raise DataError(f"{folder} holds {len(words)} words, {len(train)} training and {len(test)} test clips: give "
+                        "both clips of two words or more")
+    classes, about = words, "none is one of the paper's ten, so each is a class"
+    if not set(words).isdisjoint(COMMANDS):
+        classes, about = [*COMMANDS, "unknown", "silence"], "the classes are the paper's ten, 'unknown' and 'silence'"
+        train = train + ["silence/"] * (len(train) // 10)
+    print(f"{folder}: {len(words)} words, {about}; {len(noise)} recordings of background noise", flush=True)
+    y_train, y_test = ([classes.index(word if word in classes else "unknown")
+                        for word in (file.split("/")[0] for file in part)] for part in (train, test))
+    train, y_train = subset(np.array(train), np.array(y_train), train_size)
+    n, memory = len(train) + len(test), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0]
+    if n * RATE * 2 > memory:
+        raise DataError(f"{folder}: {n:,} clips take {n * RATE * 2 / 1e9:.1f} GB, and {device} has {memory / 1e9:.1f}: "
+                        "keep fewer with --train-size")
+
+    clips, row = cached_clips(folder, files), {file: i for i, file in enumerate(files)}
+    x_train, x_test = (clips[[row.get(file, 0) for file in part]] for part in (train, test))
+    x_train[train == "silence/"] = 0
+    x_train, y_train, x_test, y_test = (torch.as_tensor(a, device=device) for a in (x_train, y_train, x_test, y_test))
+    noise = torch.tensor(np.concatenate([*noise, []]) / 32768, dtype=torch.float32, device=device)
+    return Dataset(x_train, y_train, x_test, y_test, len(classes), lambda x: speech_view(x / 32768, noise),
+                   lambda x: log_mel(stft(x / 32768)))
+
+
+def list_speech_commands(data_dir, version):
+    """Speech Commands, downloaded where it is missing: its folder, its training and its test files, as WORD/NAME.wav.
+
+    torchaudio checks the download's digest and reads the lists: what is on neither of them is the training set.
+    """
+    folder = data_dir / "SpeechCommands" / version
+    there = os.path.isdir(folder)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        parts = [torchaudio.datasets.SPEECHCOMMANDS(data_dir, version, download=not there, subset=subset)
+                 for subset in ("training", "testing")]
+        names = [[part.get_metadata(i)[0] for i in range(len(part))] for part in parts]
+    except BaseException as error:  # no network, another digest, no lists; or stopped, perhaps half unpacked
+        if not there:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
+        what = f"{folder} can't be read" if there else f"{version} is not in {data_dir} and could not be downloaded"
+        raise DataError(f"{what} ({' '.join(str(error).split()) or type(error).__name__}): put the data set's folders "
+                        "and lists there, or give any folder of WORD/*.wav as --dataset") from None
+    train, test = ([Path(name).relative_to(version).as_posix() for name in part] for part in names)
+    return folder, train, [file for file in test if os.path.exists(folder / file)]  # the list may name words not there
+
+
+def list_words(folder):
+    """The folder and its training and test files, WORD/NAME.wav, by its lists, which are as those of Speech Commands.
+
+    Without a testing_list.txt a stratified fifth is the test.
+    """
+    try:
+        validation, testing = (set((folder / name).read_text().splitlines()) if os.path.exists(folder / name) else set()
+                               for name in LISTS)
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"*/{WAV}"))
+        files = [file for file in files if not file.startswith(NOISE) and file not in validation]
+        if not testing:
+            testing = set(split(files, [file.split("/")[0] for file in files], 0.2)[2])
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} can't be split into clips to train on and to test ({error}): add recordings, or a "
+                        "testing_list.txt") from None
+    return folder, [file for file in files if file not in testing], [file for file in files if file in testing]
+
+
+def cached_clips(folder, files):
+    """The clips of files (n, 16000) int16, memory-mapped from folder/imix_clips.npy.
+
+    That is made where it is missing, or was made from files of other names, sizes or times.
+    """
+    path = folder / "imix_clips.npy"
+    try:
+        stats = [os.stat(folder / file) for file in files]
+    except OSError as error:
+        raise DataError(f"{error.filename} can't be read ({error.strerror}): mend or remove it") from None
+    made_from = np.array([os.fsencode(f"{file} {stat.st_size} {stat.st_mtime_ns}") for file, stat in zip(files, stats)])
+    try:
+        records = np.load(path, mmap_mode="r")
+        if np.array_equal(records["made_from"], made_from):
+            return records["clip"]
+    except Exception:  # none, or not such a file: it is made anew
+        pass
+    kind = np.dtype([("made_from", made_from.dtype), ("clip", "<i2", RATE)])
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(part, "wb") as out:
+            header = {"descr": kind.descr, "fortran_order": False, "shape": (len(files),)}
+            np.lib.format.write_array_header_1_0(out, header)
+            for i, file in enumerate(files):
+                clip = read_wav(folder / file)[:RATE]
+                out.write(np.array((made_from[i], np.pad(clip, (0, RATE - len(clip)))), kind).tobytes())
+                if i % 1000 == 0:
+                    progress(f"{folder}: {i:,} of {len(files):,} clips read")
+        os.replace(part, path)
+    except OSError as error:
+        raise DataError(f"{part} can't be written ({error.strerror}): the clips are kept there in one file of "
+                        f"{len(files) * kind.itemsize / 1e9:.1f} GB: make room, or the folder writable") from None
+    finally:
+        part.unlink(missing_ok=True)
+    progress("")
+    return np.load(path, mmap_mode="r")["clip"]
+
+
+def read_wav(path):
+    """The samples (n,) int16 of a PCM WAV file of 8 to 32 bit, at 16 kHz, the mean of its channels."""
+    try:
+        raw = bytearray(path.read_bytes())
+        tag = raw.find(b"fmt ") + 8
+        if raw[tag: tag + 2] == b"\xfe\xff":  # "extensible", refused by Python 3.11: the format comes 24 bytes later
+            raw[tag: tag + 2] = raw[tag + 24: tag + 26]
+        with wave.open(io.BytesIO(raw)) as file:
+            channels, width, rate, n, *_ = file.getparams()
+            data = np.frombuffer(file.readframes(n), np.uint8)
+        if not 0 < len(data) == n * channels * width:
+            raise ValueError(f"{len(data):,} bytes of samples instead of {n * channels * width:,}")
+        samples = np.zeros((n * channels, 4), np.uint8)  # of int32, whose high bytes they are
+        samples[:, 4 - width:] = data.reshape(-1, width)
+        samples[:, 3] ^= 128 * (width == 1)  # 8 bit is unsigned
+        x = samples.view("<i4").reshape(n, channels).mean(axis=1) / 65536
+        if rate != RATE:  # a ratio of small numbers, within 0.1 % of the true one, makes a small filter
+            ratio = Fraction(rate, RATE).limit_denominator(1000)
+            x = torchaudio.functional.resample(torch.from_numpy(x), ratio.numerator, ratio.denominator).numpy()
+        return x.round().clip(-32768, 32767).astype(np.int16)
+    except Exception as error:  # wave raises many types on a damaged file
+        raise DataError(f"{path} can't be read as a WAV file of 8 to 32 bit PCM ({str(error) or 'cut short'}): convert "
+                        "or remove it") from None
+
+
+def speech_view(x, noise):
+    """A random view of each clip (the recipe's): (N, 16000) in [-1, 1) -> log-mel spectrograms (N, 1, 32, 32) in dB.
+
+    Each with probability 0.5: amplitude times 0.7 to 1.1; speed and pitch, and then the speed alone, changed by up to
+    20 %; a shift by up to 8 frames; a share of up to 0.45 of background noise, cut from noise (samples,), which may be
+    empty.
+    """
+    def draw(low, high, otherwise):  # (N,)
+        drawn = torch.empty(len(x), device=x.device).uniform_(low, high)
+        return torch.where(torch.rand(len(x), device=x.device) < 0.5, drawn, otherwise)
+
+    x = change_speed(x * draw(0.7, 1.1, 1.0)[:, None], 1 / (1 + draw(-0.2, 0.2, 0.0)))
+    s = time_stretch(stft(x), 1 + draw(-0.2, 0.2, 0.0), FRAMES + 8)
+    s = time_shift(s, draw(-8, 9, 0.0).floor().long())
+    if len(noise):
+        start = torch.randint(len(noise), (len(x), 1), device=x.device)
+        s_noise = stft(noise[(start + torch.arange(RATE, device=x.device)) % len(noise)])
+        s = s + draw(0, 0.45, 0.0)[:, None, None] * (s_noise - s)
+    return log_mel(s)
+
+
+def change_speed(x, speed):
+    """Play clip i of x (N, n) speed[i] times as fast, its pitch with it: linear interpolation, zeros past the end."""
+    n = torch.arange(x.shape[1], device=x.device)
+    ahead = n * (speed - 1)[:, None]  # of n, in samples: smaller than the place itself, so more exact  (N, n)
+    low = ahead.floor()
+    place = (n + low.long()).clamp(max=x.shape[1])
+    x = F.pad(x, [0, 2])
+    return torch.lerp(x.gather(1, place), x.gather(1, place + 1), ahead - low)
+
+
+def stft(x):
+    """The short-time Fourier transform of clips (N, 16000) with librosa's defaults: (N, 32, 1025) complex.
+
+    A periodic Hann window of 2,048 samples every 512, the first around sample 0, zeros beyond the ends.
+    """
+    window = torch.hann_window(N_FFT, device=x.device)
+    return torch.stft(x, N_FFT, HOP, window=window, pad_mode="constant", return_complex=True).mT
+
+
+def time_stretch(s, rate, frames):
+    """A phase vocoder: play clip i of s (N, T, bins) rate[i] times as fast, keeping the pitch: (N, frames, bins).
+
+    Magnitudes are interpolated; phases advance from frame to frame as they did where the frame comes from. Zeros past
+    the end.
+    """
+    clip, last = torch.arange(len(s), device=s.device)[:, None], s.shape[1]
+    s = F.pad(s, [0, 0, 0, 2])
+    at = torch.arange(frames, device=s.device) * rate[:, None]  # in frames of s  (N, frames)
+    low = at.long().clamp(max=last)
+    magnitude = s.abs()
+    magnitude = torch.lerp(magnitude[clip, low], magnitude[clip, low + 1], (at - low)[:, :, None])
+    advance = (s[:, 1:] * s[:, :-1].conj()).sgn()  # as a complex number of length 1, 0 in silence
+    phase = torch.cat([s[:, :1].sgn(), advance[clip, low[:, :-1]]], dim=1)
+    return magnitude * torch.where(phase == 0, 1, phase).cumprod(dim=1)
+
+
+def time_shift(s, shift):
+    """Frames shift[i], shift[i] + 1, ... of clip i of s (N, T, bins): (N, 32, bins), zeros for those that are not."""
+    at = torch.arange(FRAMES, device=s.device) + shift[:, None]  # (N, 32)
+    inside = (at >= 0) & (at < s.shape[1])
+    return s[torch.arange(len(s), device=s.device)[:, None], at.clamp(0, s.shape[1] - 1)] * inside[:, :, None]
+
+
+def log_mel(s):
+    """The log-mel spectrograms (N, 1, 32, T) of s (N, T, 1025): dB below the clip's maximum, at most 80.
+
+    As librosa's melspectrogram and power_to_db(ref=np.max), with its defaults: Slaney's mel scale and normalisation.
+    """
+    power = torch.view_as_real(s).square().sum(3) @ mel_filters(s.device)  # (N, T, 32)
+    level = 10 * power.clamp(min=1e-10).log10()
+    return (level - level.amax(dim=(1, 2), keepdim=True)).clamp(min=-80).mT[:, None]
+
+
+@cache
+def mel_filters(device):
+    """The mel filters (1025, 32) of log_mel, from 0 to 8,000 Hz."""
+    filters = torchaudio.functional.melscale_fbanks(N_FFT // 2 + 1, 0.0, RATE / 2, BANDS, RATE, "slaney", "slaney")
+    return filters.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------- linear evaluation

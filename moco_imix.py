@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""MoCo with i-Mix on images and tables: Section 3.2 of Lee et al., "i-Mix: A Domain-Agnostic Strategy for Contrastive
-Representation Learning", ICLR 2021, https://arxiv.org/abs/2010.08887.
+"""MoCo with i-Mix on images, speech and tables: Section 3.2 of Lee et al., "i-Mix: A Domain-Agnostic Strategy for
+Contrastive Representation Learning", ICLR 2021, https://arxiv.org/abs/2010.08887.
 
     python moco_imix.py                                         # CIFAR-10, MoCo + i-Mix: the paper's recipe
     python moco_imix.py --alpha 0                               # the same without i-Mix
     python moco_imix.py --dataset covtype --width 8 --epochs 40              # a table; on a CPU, minutes
-    python moco_imix.py --dataset my_images --arch resnet18     # your own images: train/CLASS/* and test/CLASS/*
+    python moco_imix.py --dataset speech_commands               # speech, its recipe
+    python moco_imix.py --dataset my_images --arch resnet18     # your own: train/CLASS/* and test/CLASS/*; WORD/*.wav
     python moco_imix.py --dataset my.csv --label-column kind    # your own table
 """
 
@@ -131,11 +132,18 @@ def projection_head(size, dim):
 
 
 # ------------------------------------------------------------------------------------------------------- pre-training
-def schedule(step, steps, warmup):
+def cosine_schedule(step, steps, warmup):
     """The share of the learning rate at step 0, 1, ... of steps: linear warm-up to 1, then cosine decay towards 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def step_schedule(step, steps, warmup):
+    """As cosine_schedule, but after the warm-up x 0.1 at 60 % and at 80 % of the steps: the recipe for speech."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
 
 
 def show(epoch, epochs, loss, lr, rate, left, end="\n"):
@@ -155,15 +163,15 @@ def update_ema(ema, model, m):
 
 
 def pretrain(encoder, head, loader, *, alpha=1.0, mix=mixup, m=0.999, queue_size=4096, epochs=1000, lr=0.125,
-             weight_decay=1e-4, temperature=0.2, warmup_epochs=10, amp=None, compile=False, state=None,
-             after_epoch=lambda log, get_state: None):
+             schedule=cosine_schedule, weight_decay=1e-4, temperature=0.2, warmup_epochs=10, amp=None, compile=False,
+             state=None, after_epoch=lambda log, get_state: None):
     """Pre-train encoder and head, in place, on the device that they are on; returns the log, a dict an epoch.
 
     loader: any iterable with a len() that yields (x, x_tilde), two float views (N, ...) of one batch. alpha: of
     Beta(alpha, alpha); 0 is MoCo alone. mix: mixup or cutmix. m: of the EMA. queue_size: K. lr: at this batch size,
-    0.125 N/256 in the recipe. amp: None, torch.bfloat16 or torch.float16. after_epoch(log, get_state) is called after
-    each epoch; what get_state() returned in an earlier run is the state to go on from. Raises FloatingPointError once
-    the loss is no longer finite.
+    0.125 N/256 in the recipe. schedule: cosine_schedule or step_schedule. amp: None, torch.bfloat16 or torch.float16.
+    after_epoch(log, get_state) is called after each epoch; what get_state() returned in an earlier run is the state to
+    go on from. Raises FloatingPointError once the loss is no longer finite.
     """
     model, device = nn.Sequential(encoder, head), next(encoder.parameters()).device
     model.to(memory_format=torch.channels_last)
@@ -286,8 +294,13 @@ def load_checkpoint(path, flags):
 
 
 def is_table(dataset):
-    """Whether a data set is a table (covtype, digits, a CSV file), and not images."""
+    """Whether a data set is a table (covtype, digits, a CSV file), and not images or speech."""
     return dataset in ("covtype", "digits") or dataset.endswith((".csv", ".csv.gz")) or os.path.isfile(dataset)
+
+
+def is_speech(dataset):
+    """Whether a data set is speech (speech_commands, a folder of WORD/*.wav), and not images."""
+    return dataset == "speech_commands" or any(Path(dataset).glob("*/*.[wW][aA][vV]"))
 
 
 def parse_args(argv):
@@ -297,26 +310,30 @@ def parse_args(argv):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: fail(f"{message} (--help lists the flags)")
     add = parser.add_argument
-    add("--dataset", default="cifar10", help="cifar10, cifar100, a folder of images; covtype, digits, a CSV file")
-    add("--data-dir", type=Path, default="data", help="where CIFAR and covtype lie, or are downloaded to")
+    add("--dataset", default="cifar10",
+        help="cifar10, cifar100, speech_commands, a folder of images or clips; covtype, digits, a CSV file")
+    add("--data-dir", type=Path, default="data", help="where the data lie, or are downloaded to")
     add("--image-size", type=number(int, 1, 4097), default=32, help="folder: pixels to which its images are resized")
-    add("--train-size", type=count, help="images: train on a stratified subset of so many")
+    add("--speech-version", choices=["v0.01", "v0.02"], default="v0.01", help="of Speech Commands")
+    add("--train-size", type=count, help="images, speech: train on a stratified subset of so many")
     add("--label-column", metavar="NAME", help="CSV: the column that holds the labels")
     add("--test-share", type=number(float, 1e-12, 1), default=0.2, help="CSV: of the rows")
     add("--standardize", choices=["train", "all"], default="train", help="table: by which rows' mean and deviation")
     add("--mask", type=number(float, 0, 1), help="table: chance that a view zeroes a number; recipe: 0.2, with i-Mix 0")
-    add("--mix", choices=["mixup", "cutmix"], default="mixup", help="how i-Mix mixes; cutmix: images alone")
+    add("--mix", choices=["mixup", "cutmix"], default="mixup", help="how i-Mix mixes; cutmix: not of tables")
+    add("--no-augment", action="store_true", help="both views are the plain input")
     add("--alpha", type=number(float, 0, 1e6), help="of Beta(alpha, alpha); 0: no i-Mix; recipe: 1, of tables 2")
     add("--queue", type=count, default=4096, help="K, the keys of earlier batches")
     add("--ema", type=number(float, 0, 1), default=0.999, help="m of the EMA encoder")
-    add("--epochs", type=count, help="of pre-training; recipe: 1000, of tables 500")
+    add("--epochs", type=count, help="of pre-training; recipe: 1000, of tables and speech 500")
     add("--batch-size", type=number(int, 2, 1e6), help="N; recipe: 256, of tables 512")
     add("--lr", type=positive, default=0.125, help="learning rate per 256 examples")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="of SGD")
-    add("--temperature", type=positive, help="tau; recipe: 0.2, of tables 0.1")
-    add("--warmup-epochs", type=number(int, 0, 1e6), help="recipe: 10, of images to 500 epochs 5; at most a quarter")
+    add("--temperature", type=positive, help="tau; recipe: 0.2, of tables 0.1, of speech 0.5")
+    add("--warmup-epochs", type=number(int, 0, 1e6), help="10; to 500 epochs 5, not of tables; at most a quarter")
+    add("--schedule", choices=["cosine", "step"], help="of the learning rate; recipe: cosine, of speech step")
     add("--dim", type=count, default=128, help="D, the embedding's size")
-    add("--arch", choices=["resnet18", "resnet34", "resnet50"], default="resnet50", help="images: the encoder")
+    add("--arch", choices=["resnet18", "resnet34", "resnet50"], default="resnet50", help="images, speech: the encoder")
     add("--width", type=count, default=64, help="tables: w of the encoder, whose representations are 32 w long")
     add("--device", type=pick_device, default="auto", help="auto (CUDA, else the CPU), cpu, cuda:1, mps")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 or fp16 on CUDA, else off")
@@ -328,8 +345,11 @@ def parse_args(argv):
     add("--linear-epochs", type=count, default=100, help="of the linear evaluation")
     args = parser.parse_args(argv)
     table = is_table(args.dataset)
-    recipe = {"alpha": 2.0, "epochs": 500, "batch_size": 512, "temperature": 0.1} if table else \
-        {"alpha": 1.0, "epochs": 1000, "batch_size": 256, "temperature": 0.2}
+    recipe = {"alpha": 1.0, "epochs": 1000, "batch_size": 256, "temperature": 0.2, "schedule": "cosine"}
+    if table:
+        recipe |= {"alpha": 2.0, "epochs": 500, "batch_size": 512, "temperature": 0.1}
+    elif is_speech(args.dataset):
+        recipe |= {"epochs": 500, "temperature": 0.5, "schedule": "step"}
     for flag, value in recipe.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
@@ -359,13 +379,16 @@ def main(argv=None):
         if table:
             data = common.load_table(args.dataset, args.data_dir, device, mask=args.mask, standardize=args.standardize,
                                      label_column=args.label_column, test_share=args.test_share)
+        elif is_speech(args.dataset):
+            data = common.load_speech(args.dataset, args.data_dir, device, version=args.speech_version,
+                                      train_size=args.train_size)
         else:
             data = common.load_images(args.dataset, args.data_dir, device, image_size=args.image_size,
                                       train_size=args.train_size)
     except common.DataError as error:
         fail(error)
     if args.batch_size > len(data.x_train):
-        fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} examples of {args.dataset}")
+        fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training examples of {args.dataset}")
     shape = list(data.x_train.shape)
     if state and state["shape"] != shape:
         fail(f"{args.dataset} has changed since {checkpoint} was made: training data {shape}, then {state['shape']}")
@@ -384,11 +407,12 @@ def main(argv=None):
     if table:
         encoder, head = MLP5Layer(data.groups, args.width), projection_head(32 * args.width, args.dim)
     else:  # no BatchNorm at the end of the head
-        encoder = resnet(args.arch, *data.x_train.shape[1:3])
+        encoder = resnet(args.arch, *data.plain(data.x_train[:1]).shape[1:3])
         head = projection_head(2048 if args.arch == "resnet50" else 512, args.dim)[:-1]
     encoder, head = encoder.to(device), head.to(device)
-    print(f"{args.dataset}: {len(data.x_train):,} {'rows' if table else 'images'} to train on, {len(data.x_test):,} to "
-          f"test, {data.num_classes} classes; {device}, autocast {amp or 'off'}, TF32 off; {out}", flush=True)
+    print(f"{args.dataset}: {len(data.x_train):,} examples to train on, {len(data.x_test):,} to test, "
+          f"{data.num_classes} classes; {device}, autocast {amp or 'off'}, TF32 off; {out}", flush=True)
+    view = data.plain if args.no_augment else data.view
     saved, cost = -math.inf, 0.0  # when the last checkpoint was written, and how long that took
 
     def after_epoch(log, get_state):
@@ -404,11 +428,12 @@ def main(argv=None):
             print(f"epoch {len(log)}: test accuracy {result['test_accuracy']:.4f}")
 
     try:
-        pretrain(encoder, head, common.TwoViews(data.x_train, data.view, args.batch_size), alpha=args.alpha,
-                 mix=cutmix if args.mix == "cutmix" else mixup, m=args.ema, queue_size=args.queue,
-                 epochs=args.epochs, lr=args.lr * args.batch_size / 256, weight_decay=args.weight_decay,
-                 temperature=args.temperature, warmup_epochs=args.warmup_epochs, amp=amp, compile=args.compile,
-                 state=state, after_epoch=after_epoch)
+        pretrain(encoder, head, common.TwoViews(data.x_train, view, args.batch_size), alpha=args.alpha,
+                 mix=cutmix if args.mix == "cutmix" else mixup,
+                 schedule=step_schedule if args.schedule == "step" else cosine_schedule,
+                 m=args.ema, queue_size=args.queue, epochs=args.epochs,
+                 lr=args.lr * args.batch_size / 256, weight_decay=args.weight_decay, temperature=args.temperature,
+                 warmup_epochs=args.warmup_epochs, amp=amp, compile=args.compile, state=state, after_epoch=after_epoch)
     except FloatingPointError as error:
         fail(f"{error}; the last good checkpoint stays in {out}: a lower --lr may help, in another run with --out", 1)
     except torch.OutOfMemoryError:

@@ -85,7 +85,7 @@ def projection_head(size, dim):
 
 
 # ------------------------------------------------------------------------------------------------------- pre-training
-def schedule(step, steps, warmup):
+def cosine_schedule(step, steps, warmup):
     """The share of the learning rate at step 0, 1, ... of steps: linear warm-up to 1, then cosine decay towards 0."""
     if step < warmup:
         return (step + 1) / warmup
@@ -134,7 +134,7 @@ def pretrain(encoder, head, loader, *, alpha=2.0, epochs=500, lr=0.25, weight_de
         for i, (x, x_tilde) in enumerate(loader):
             x, x_tilde = x.to(device, non_blocking=True), x_tilde.to(device, non_blocking=True)  # (N, ...) each
             step = (epoch - 1) * steps + i
-            optimizer.param_groups[0]["lr"] = lr_now = lr * schedule(step, epochs * steps, warmup_epochs * steps)
+            optimizer.param_groups[0]["lr"] = lr_now = lr * cosine_schedule(step, epochs * steps, warmup_epochs * steps)
             x, perm, lam = mixup(x, alpha) if alpha > 0 else (x, None, None)  # only the anchors are mixed
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 f, f_tilde = forward(torch.cat([x, x_tilde])).chunk(2)  # one pass: BatchNorm sees both  (N, D) each
@@ -229,6 +229,7 @@ def parse_args(argv):
     add("--standardize", choices=["train", "all"], default="train", help="by which rows' mean and standard deviation")
     add("--data-dir", type=Path, default="data", help="where covtype lies")
     add("--mask", type=number(float, 0, 1), default=0.2, help="chance that a view zeroes a number")
+    add("--no-augment", action="store_true", help="both views are the plain input")
     add("--alpha", type=number(float, 0, 1e6), default=2.0, help="of Beta(alpha, alpha); 0: no i-Mix")
     add("--epochs", type=count, default=500, help="of pre-training")
     add("--batch-size", type=number(int, 2, 1e6), default=512, help="N")
@@ -291,6 +292,7 @@ def main(argv=None):
     head = projection_head(32 * args.width, args.dim).to(device)
     print(f"{args.dataset}: {len(data.x_train):,} rows to train on, {len(data.x_test):,} to test, {data.num_classes} "
           f"classes; {device}, autocast {amp or 'off'}, TF32 off; {out}", flush=True)
+    view = data.plain if args.no_augment else data.view
     saved, cost = -math.inf, 0.0  # when the last checkpoint was written, and how long that took
 
     def after_epoch(log, get_state):
@@ -306,7 +308,7 @@ def main(argv=None):
             print(f"epoch {len(log)}: test accuracy {result['test_accuracy']:.4f}")
 
     try:
-        pretrain(encoder, head, common.TwoViews(data.x_train, data.view, args.batch_size), alpha=args.alpha,
+        pretrain(encoder, head, common.TwoViews(data.x_train, view, args.batch_size), alpha=args.alpha,
                  epochs=args.epochs, lr=args.lr * args.batch_size / 256, weight_decay=args.weight_decay,
                  temperature=args.temperature, warmup_epochs=args.warmup_epochs, amp=amp, compile=args.compile,
                  state=state, after_epoch=after_epoch)

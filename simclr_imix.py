@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""N-pair / SimCLR with i-Mix on images: Section 3.1 of Lee et al., "i-Mix: A Domain-Agnostic Strategy for
+"""N-pair / SimCLR with i-Mix on images and speech: Section 3.1 of Lee et al., "i-Mix: A Domain-Agnostic Strategy for
 Contrastive Representation Learning", ICLR 2021, https://arxiv.org/abs/2010.08887.
 
     python simclr_imix.py                                       # CIFAR-10, N-pair + i-Mix: the paper's recipe
     python simclr_imix.py --alpha 0                             # the same without i-Mix
     python simclr_imix.py --alpha 0 --loss nt-xent              # SimCLR as its authors have it
     python simclr_imix.py --arch resnet18 --epochs 200 --mix cutmix
-    python simclr_imix.py --dataset my_images --arch resnet18   # your own: train/CLASS/* and test/CLASS/*
+    python simclr_imix.py --dataset speech_commands             # speech, its recipe
+    python simclr_imix.py --dataset my_images --arch resnet18   # your own: train/CLASS/* and test/CLASS/*; WORD/*.wav
     python simclr_imix.py --dataset digits --arch resnet18 --epochs 5    # a trial that needs no data, on any CPU
 """
 
@@ -116,11 +117,18 @@ def projection_head(size, dim):
 
 
 # ------------------------------------------------------------------------------------------------------- pre-training
-def schedule(step, steps, warmup):
+def cosine_schedule(step, steps, warmup):
     """The share of the learning rate at step 0, 1, ... of steps: linear warm-up to 1, then cosine decay towards 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def step_schedule(step, steps, warmup):
+    """As cosine_schedule, but after the warm-up x 0.1 at 60 % and at 80 % of the steps: the recipe for speech."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
 
 
 def show(epoch, epochs, loss, lr, rate, left, end="\n"):
@@ -131,15 +139,15 @@ def show(epoch, epochs, loss, lr, rate, left, end="\n"):
 
 
 def pretrain(encoder, head, loader, *, alpha=1.0, mix=mixup, loss_function=n_pair_loss, epochs=1000, lr=0.125,
-             weight_decay=1e-4, temperature=0.2, warmup_epochs=10, amp=None, compile=False, state=None,
-             after_epoch=lambda log, get_state: None):
+             schedule=cosine_schedule, weight_decay=1e-4, temperature=0.2, warmup_epochs=10, amp=None, compile=False,
+             state=None, after_epoch=lambda log, get_state: None):
     """Pre-train encoder and head, in place, on the device that they are on; returns the log, a dict an epoch.
 
     loader: any iterable with a len() that yields (x, x_tilde), two float views (N, C, H, W) of one batch. alpha: of
     Beta(alpha, alpha); 0 is the loss alone. mix: mixup or cutmix. loss_function: n_pair_loss, or with alpha 0
-    nt_xent_loss. lr: at this batch size, 0.125 N/256 in the recipe. amp: None, torch.bfloat16 or torch.float16.
-    after_epoch(log, get_state) is called after each epoch; what get_state() returned in an earlier run is the state to
-    go on from. Raises FloatingPointError once the loss is no longer finite.
+    nt_xent_loss. lr: at this batch size, 0.125 N/256 in the recipe. schedule: cosine_schedule or step_schedule. amp:
+    None, torch.bfloat16 or torch.float16. after_epoch(log, get_state) is called after each epoch; what get_state()
+    returned in an earlier run is the state to go on from. Raises FloatingPointError once the loss is no longer finite.
     """
     model, device = nn.Sequential(encoder, head), next(encoder.parameters()).device
     model.to(memory_format=torch.channels_last)
@@ -250,6 +258,11 @@ def load_checkpoint(path, flags):
     return state
 
 
+def is_speech(dataset):
+    """Whether a data set is speech (speech_commands, a folder of WORD/*.wav), and not images."""
+    return dataset == "speech_commands" or any(Path(dataset).glob("*/*.[wW][aA][vV]"))
+
+
 def parse_args(argv):
     """The flags, each checked before any data is touched; a bad one ends the program."""
     positive, count = number(float, 1e-12), number(int, 1, 1e6)
@@ -257,19 +270,22 @@ def parse_args(argv):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: fail(f"{message} (--help lists the flags)")
     add = parser.add_argument
-    add("--dataset", default="cifar10", help="cifar10, cifar100, digits, or the path of a folder of images")
-    add("--data-dir", type=Path, default="data", help="where CIFAR lies, or is downloaded to")
+    add("--dataset", default="cifar10", help="cifar10, cifar100, digits, speech_commands, a folder of images or clips")
+    add("--data-dir", type=Path, default="data", help="where CIFAR or Speech Commands lies, or is downloaded to")
     add("--image-size", type=number(int, 1, 4097), default=32, help="folder: pixels to which its images are resized")
-    add("--train-size", type=count, help="train on a stratified subset of so many images")
+    add("--speech-version", choices=["v0.01", "v0.02"], default="v0.01", help="of Speech Commands")
+    add("--train-size", type=count, help="train on a stratified subset of so many examples")
     add("--loss", choices=["n-pair", "nt-xent"], default="n-pair", help="nt-xent: SimCLR's own, with --alpha 0 alone")
-    add("--mix", choices=["mixup", "cutmix"], default="mixup", help="how i-Mix mixes the images")
+    add("--mix", choices=["mixup", "cutmix"], default="mixup", help="how i-Mix mixes")
+    add("--no-augment", action="store_true", help="both views are the plain input")
     add("--alpha", type=number(float, 0, 1e6), default=1.0, help="of Beta(alpha, alpha); 0: no i-Mix")
-    add("--epochs", type=count, default=1000, help="of pre-training")
+    add("--epochs", type=count, help="of pre-training; recipe: 1000, of speech 500")
     add("--batch-size", type=number(int, 2, 1e6), default=256, help="N")
     add("--lr", type=positive, default=0.125, help="learning rate per 256 examples")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="of SGD")
-    add("--temperature", type=positive, default=0.2, help="tau")
+    add("--temperature", type=positive, help="tau; recipe: 0.2, of speech 0.5")
     add("--warmup-epochs", type=number(int, 0, 1e6), help="10, to 500 epochs 5; at most a quarter of --epochs")
+    add("--schedule", choices=["cosine", "step"], help="of the learning rate; recipe: cosine, of speech step")
     add("--dim", type=count, default=128, help="D, the embedding's size")
     add("--arch", choices=["resnet18", "resnet34", "resnet50"], default="resnet50", help="the encoder")
     add("--device", type=pick_device, default="auto", help="auto (CUDA, else the CPU), cpu, cuda:1, mps")
@@ -281,6 +297,12 @@ def parse_args(argv):
     add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between linear evaluations; 0: at the end")
     add("--linear-epochs", type=count, default=100, help="of the linear evaluation")
     args = parser.parse_args(argv)
+    recipe = {"epochs": 1000, "temperature": 0.2, "schedule": "cosine"}
+    if is_speech(args.dataset):
+        recipe |= {"epochs": 500, "temperature": 0.5, "schedule": "step"}
+    for flag, value in recipe.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10 if args.epochs > 500 else 5, args.epochs // 4)
     if args.warmup_epochs > args.epochs:
@@ -303,12 +325,16 @@ def main(argv=None):
         fail(f"{out} already holds a run: go on with it with --resume, or choose another folder with --out")
     state = load_checkpoint(checkpoint, flags) if os.path.exists(checkpoint) else None
     try:
-        data = common.load_images(args.dataset, args.data_dir, device, image_size=args.image_size,
-                                  train_size=args.train_size)
+        if is_speech(args.dataset):
+            data = common.load_speech(args.dataset, args.data_dir, device, version=args.speech_version,
+                                      train_size=args.train_size)
+        else:
+            data = common.load_images(args.dataset, args.data_dir, device, image_size=args.image_size,
+                                      train_size=args.train_size)
     except common.DataError as error:
         fail(error)
     if args.batch_size > len(data.x_train):
-        fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training images of {args.dataset}")
+        fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training examples of {args.dataset}")
     shape = list(data.x_train.shape)
     if state and state["shape"] != shape:
         fail(f"{args.dataset} has changed since {checkpoint} was made: training data {shape}, then {state['shape']}")
@@ -324,10 +350,11 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 stays float32
     amp = autocast_dtype(args.amp, device)
     torch.manual_seed(args.seed)
-    encoder = resnet(args.arch, *data.x_train.shape[1:3]).to(device)
+    encoder = resnet(args.arch, *data.plain(data.x_train[:1]).shape[1:3]).to(device)
     head = projection_head(512 if args.arch != "resnet50" else 2048, args.dim).to(device)
-    print(f"{args.dataset}: {len(data.x_train):,} images to train on, {len(data.x_test):,} to test, {data.num_classes} "
-          f"classes; {device}, autocast {amp or 'off'}, TF32 off; {out}", flush=True)
+    print(f"{args.dataset}: {len(data.x_train):,} examples to train on, {len(data.x_test):,} to test, "
+          f"{data.num_classes} classes; {device}, autocast {amp or 'off'}, TF32 off; {out}", flush=True)
+    view = data.plain if args.no_augment else data.view
     saved, cost = -math.inf, 0.0  # when the last checkpoint was written, and how long that took
 
     def after_epoch(log, get_state):
@@ -343,8 +370,9 @@ def main(argv=None):
             print(f"epoch {len(log)}: test accuracy {result['test_accuracy']:.4f}")
 
     try:
-        pretrain(encoder, head, common.TwoViews(data.x_train, data.view, args.batch_size), alpha=args.alpha,
+        pretrain(encoder, head, common.TwoViews(data.x_train, view, args.batch_size), alpha=args.alpha,
                  mix=cutmix if args.mix == "cutmix" else mixup,
+                 schedule=step_schedule if args.schedule == "step" else cosine_schedule,
                  loss_function=nt_xent_loss if args.loss == "nt-xent" else n_pair_loss,
                  epochs=args.epochs, lr=args.lr * args.batch_size / 256, weight_decay=args.weight_decay,
                  temperature=args.temperature, warmup_epochs=args.warmup_epochs, amp=amp, compile=args.compile,

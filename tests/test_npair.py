@@ -122,14 +122,14 @@ def test_encoder_is_maxout_of_groups_of_four_on_column_groups():
 
 
 def test_schedule_at_its_corners():
-    assert npair.schedule(0, 100, 10) == 0.1
-    assert npair.schedule(9, 100, 10) == 1
-    assert npair.schedule(10, 100, 10) == 1
-    assert npair.schedule(55, 100, 10) == pytest.approx(0.5)
-    assert 0 < npair.schedule(99, 100, 10) < 0.001
-    assert npair.schedule(0, 100, 0) == 1
-    assert npair.schedule(99, 100, 100) == 1
-    rates = [npair.schedule(step, 100, 10) for step in range(100)]
+    assert npair.cosine_schedule(0, 100, 10) == 0.1
+    assert npair.cosine_schedule(9, 100, 10) == 1
+    assert npair.cosine_schedule(10, 100, 10) == 1
+    assert npair.cosine_schedule(55, 100, 10) == pytest.approx(0.5)
+    assert 0 < npair.cosine_schedule(99, 100, 10) < 0.001
+    assert npair.cosine_schedule(0, 100, 0) == 1
+    assert npair.cosine_schedule(99, 100, 100) == 1
+    rates = [npair.cosine_schedule(step, 100, 10) for step in range(100)]
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
@@ -223,7 +223,7 @@ def test_state_without_a_scaler_goes_on_with_one():
 
 def test_a_broken_last_step_is_noticed_before_the_checkpoint(monkeypatch):
     """A last step of an epoch that breaks the weights leaves the epoch's loss finite; after_epoch must not see it."""
-    monkeypatch.setattr(npair, "schedule", lambda step, steps, warmup: 1e39 if step == 7 else 0.1)
+    monkeypatch.setattr(npair, "cosine_schedule", lambda step, steps, warmup: 1e39 if step == 7 else 0.1)
     seen = []
     with pytest.raises(FloatingPointError, match="the loss is no longer finite in epoch 2"):
         npair.pretrain(*networks(), RandomViews(), epochs=3, after_epoch=lambda log, _: seen.append(log[-1]["epoch"]))

@@ -253,7 +253,7 @@ def test_bad_flags_of_simclr(capsys, monkeypatch, tmp_path):
     assert ends(capsys, ["--dataset", tmp_path / "none", *out], script=simclr_imix).startswith(
         f"{tmp_path / 'none'} is no folder of images")
     assert ends(capsys, [*TINY, "--batch-size", 65, *out], script=simclr_imix) == \
-        "--batch-size 65 is more than the 64 training images of digits"
+        "--batch-size 65 is more than the 64 training examples of digits"
     assert not (tmp_path / "run").exists()
 
 
@@ -272,7 +272,7 @@ def test_bad_flags_of_moco_and_byol(capsys, monkeypatch, tmp_path, script):
     assert ends(capsys, ["--dataset", tmp_path / "none.csv", *out], script=script).startswith(f"{tmp_path / 'none.csv'} can't")
     assert ends(capsys, ["--dataset", tmp_path / "none", *out], script=script).startswith(f"{tmp_path / 'none'} is no folder")
     assert ends(capsys, [*SMALL, "--batch-size", 1438, *out], script=script) == \
-        "--batch-size 1438 is more than the 1437 examples of digits"
+        "--batch-size 1438 is more than the 1437 training examples of digits"
 
 
 def test_a_checkpoint_of_another_script_is_refused(capsys, tmp_path):
@@ -347,7 +347,7 @@ def test_out_of_memory_is_one_line(capsys, monkeypatch, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(npair_tabular, "schedule", lambda step, *_: 1e30 if step >= 30 else 0.1)  # in epoch 3 of 11 steps
+    monkeypatch.setattr(npair_tabular, "cosine_schedule", lambda step, *_: 1e30 if step >= 30 else 0.1)  # in epoch 3 of 11 steps
     error = ends(capsys, [*SMALL, "--epochs", 5, "--out", tmp_path], code=1)
     assert error == (f"the loss is no longer finite in epoch 3; the last good checkpoint stays in {tmp_path}: a lower --lr "
                      "may help, in another run with --out")
