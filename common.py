@@ -489,9 +489,11 @@ def load_speech(dataset, data_dir, device, *, version="v0.01", train_size=None):
     x_train, x_test = (clips[[row.get(file, 0) for file in part]] for part in (train, test))
     x_train[train == "silence/"] = 0
     x_train, y_train, x_test, y_test = (torch.as_tensor(a, device=device) for a in (x_train, y_train, x_test, y_test))
-    noise = torch.tensor(np.concatenate([*noise, []]) / 32768, dtype=torch.float32, device=device)
+    noise = np.concatenate(noise or [np.zeros(RATE, np.int16)])
+    noise.resize(math.ceil(len(noise) / RATE), RATE)  # clips of a second, the last one filled up with zeros
+    noise = stft(torch.as_tensor(noise / 32768, dtype=torch.float32, device=device))
     return Dataset(x_train, y_train, x_test, y_test, len(classes), lambda x: speech_view(x / 32768, noise),
-                   lambda x: log_mel(stft(x / 32768)))
+                   lambda x: log_mel(squared_magnitude(stft(x / 32768))))
 
 
 def list_speech_commands(data_dir, version):
@@ -602,32 +604,27 @@ def read_wav(path):
 def speech_view(x, noise):
     """A random view of each clip (the recipe's): (N, 16000) in [-1, 1) -> log-mel spectrograms (N, 1, 32, 32) in dB.
 
-    Each with probability 0.5: amplitude times 0.7 to 1.1; speed and pitch, and then the speed alone, changed by up to
-    20 %; a shift by up to 8 frames; a share of up to 0.45 of background noise, cut from noise (samples,), which may be
-    empty.
+    Each with probability 0.5: amplitude times 0.7 to 1.1; speed and pitch changed by up to 20 %; the speed alone; a shift
+    by up to 8 frames; a share of up to 0.45 of noise, the STFT of clips of background noise (M, 32, 1025). A phase
+    vocoder's phases are left out: the features are of magnitudes, and the phases of noise, added last, are random.
     """
     def draw(low, high, otherwise):  # (N,)
         drawn = torch.empty(len(x), device=x.device).uniform_(low, high)
         return torch.where(torch.rand(len(x), device=x.device) < 0.5, drawn, otherwise)
 
     x = change_speed(x * draw(0.7, 1.1, 1.0)[:, None], 1 / (1 + draw(-0.2, 0.2, 0.0)))
-    s = time_stretch(stft(x), 1 + draw(-0.2, 0.2, 0.0), FRAMES + 8)
-    s = time_shift(s, draw(-8, 9, 0.0).floor().long())
-    if len(noise):
-        start = torch.randint(len(noise), (len(x), 1), device=x.device)
-        s_noise = stft(noise[(start + torch.arange(RATE, device=x.device)) % len(noise)])
-        s = s + draw(0, 0.45, 0.0)[:, None, None] * (s_noise - s)
-    return log_mel(s)
+    magnitude = stretch_and_shift(squared_magnitude(stft(x)).sqrt(), 1 + draw(-0.2, 0.2, 0.0), draw(-8, 9, 0.0).floor())
+    share = draw(0, 0.45, 0.0)[:, None, None]
+    noise = noise[torch.randint(len(noise), (len(x),), device=x.device)]
+    return log_mel(torch.lerp(magnitude, noise.real, share).square() + (share * noise.imag).square())
 
 
 def change_speed(x, speed):
     """Play clip i of x (N, n) speed[i] times as fast, its pitch with it: linear interpolation, zeros past the end."""
-    n = torch.arange(x.shape[1], device=x.device)
-    ahead = n * (speed - 1)[:, None]  # of n, in samples: smaller than the place itself, so more exact  (N, n)
-    low = ahead.floor()
-    place = (n + low.long()).clamp(max=x.shape[1])
+    at = torch.arange(x.shape[1], device=x.device) * speed[:, None]  # (N, n)
+    low = at.long().clamp(max=x.shape[1])
     x = F.pad(x, [0, 2])
-    return torch.lerp(x.gather(1, place), x.gather(1, place + 1), ahead - low)
+    return torch.lerp(x.gather(1, low), x.gather(1, low + 1), at - low)
 
 
 def stft(x):
@@ -639,37 +636,28 @@ def stft(x):
     return torch.stft(x, N_FFT, HOP, window=window, pad_mode="constant", return_complex=True).mT
 
 
-def time_stretch(s, rate, frames):
-    """A phase vocoder: play clip i of s (N, T, bins) rate[i] times as fast, keeping the pitch: (N, frames, bins).
+def squared_magnitude(s):
+    """|s|^2 of complex s."""
+    return s.real.square() + s.imag.square()
 
-    Magnitudes are interpolated; phases advance from frame to frame as they did where the frame comes from. Zeros past
-    the end.
+
+def stretch_and_shift(magnitude, rate, shift):
+    """Frame t of clip i becomes frame (t + shift[i]) rate[i] of magnitude (N, 32, bins): stretched in time, then shifted.
+
+    Between two frames it is interpolated, beyond the ends it is zero. A matrix from the left does both.
     """
-    clip, last = torch.arange(len(s), device=s.device)[:, None], s.shape[1]
-    s = F.pad(s, [0, 0, 0, 2])
-    at = torch.arange(frames, device=s.device) * rate[:, None]  # in frames of s  (N, frames)
-    low = at.long().clamp(max=last)
-    magnitude = s.abs()
-    magnitude = torch.lerp(magnitude[clip, low], magnitude[clip, low + 1], (at - low)[:, :, None])
-    advance = (s[:, 1:] * s[:, :-1].conj()).sgn()  # as a complex number of length 1, 0 in silence
-    phase = torch.cat([s[:, :1].sgn(), advance[clip, low[:, :-1]]], dim=1)
-    return magnitude * torch.where(phase == 0, 1, phase).cumprod(dim=1)
+    t = torch.arange(FRAMES, device=magnitude.device)
+    at = (t + shift[:, None]) * rate[:, None]  # (N, 32)
+    weights = (1 - (at[:, :, None] - t).abs()).clamp(min=0) * (at >= 0)[:, :, None]  # (N, 32, 32)
+    return weights @ magnitude
 
 
-def time_shift(s, shift):
-    """Frames shift[i], shift[i] + 1, ... of clip i of s (N, T, bins): (N, 32, bins), zeros for those that are not."""
-    at = torch.arange(FRAMES, device=s.device) + shift[:, None]  # (N, 32)
-    inside = (at >= 0) & (at < s.shape[1])
-    return s[torch.arange(len(s), device=s.device)[:, None], at.clamp(0, s.shape[1] - 1)] * inside[:, :, None]
-
-
-def log_mel(s):
-    """The log-mel spectrograms (N, 1, 32, T) of s (N, T, 1025): dB below the clip's maximum, at most 80.
+def log_mel(power):
+    """The log-mel spectrograms (N, 1, 32, 32) of power (N, 32, 1025): dB below the clip's maximum, at most 80.
 
     As librosa's melspectrogram and power_to_db(ref=np.max), with its defaults: Slaney's mel scale and normalisation.
     """
-    power = torch.view_as_real(s).square().sum(3) @ mel_filters(s.device)  # (N, T, 32)
-    level = 10 * power.clamp(min=1e-10).log10()
+    level = 10 * (power @ mel_filters(power.device)).clamp(min=1e-10).log10()  # (N, 32 frames, 32 bands)
     return (level - level.amax(dim=(1, 2), keepdim=True)).clamp(min=-80).mT[:, None]
 
 

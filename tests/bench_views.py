@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""How fast two views of a batch of images are made, against what a user would use otherwise, in one run.
+"""How fast two views of a batch of images or clips are made, against what a user would use otherwise, in one run.
 
     python tests/bench_views.py
 
 Ours: common.image_view on the whole batch, on the device. PIL: torchvision's transforms on PIL images in a DataLoader
 (what the paper's code does), one worker a core. v2: torchvision.transforms.v2 on tensors, image by image, in the same
-process. Rates are two-view examples a second and, on the CPU, a core. Also the share of a pre-training step that the
-views take, and that step against the bare network step on resident tensors.
+process. torchaudio, for speech: its transforms on the CPU, clip by clip, against common.speech_view. Rates are two-view
+examples a second and, on the CPU, a core. Also the share of a pre-training step that the views take, and that step
+against the bare network step on resident tensors.
 """
 
 import argparse
 import contextlib
 import io
+import random
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+import torchaudio
 import torchvision.transforms as v1
 from torch import nn
 from torchvision.transforms import v2
@@ -43,6 +47,68 @@ class TwoPILViews(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return self.transform(self.images[i]), self.transform(self.images[i])
+
+
+class OneClipsView:
+    """What common.speech_view does, with torchaudio's transforms, for one clip (16000,)."""
+
+    def __init__(self, noise):
+        self.noise = noise
+        self.speed = torchaudio.transforms.SpeedPerturbation(16000, [0.84, 0.88, 0.92, 0.96, 1.04, 1.08, 1.12, 1.16, 1.2])
+        self.spectrogram = torchaudio.transforms.Spectrogram(2048, hop_length=512, power=None, pad_mode="constant")
+        self.stretch = torchaudio.transforms.TimeStretch(512, 1025)
+        self.mel = torchaudio.transforms.MelScale(32, 16000, 0, 8000, 1025, "slaney", "slaney")
+        self.decibel = torchaudio.transforms.AmplitudeToDB("power", top_db=80)
+
+    def __call__(self, x):
+        x = x / 32768
+        if random.random() < 0.5:
+            x = x * random.uniform(0.7, 1.1)
+        if random.random() < 0.5:
+            x = self.speed(x)[0]
+            x = F.pad(x[:16000], [0, max(0, 16000 - len(x))])
+        s = self.spectrogram(x)
+        if random.random() < 0.5:
+            s = self.stretch(s, random.uniform(0.8, 1.2))
+        shift = random.randint(-8, 8) if random.random() < 0.5 else 0
+        s = F.pad(s, [max(0, -shift), 40])[:, max(0, shift):][:, :32]
+        if random.random() < 0.5:
+            start, share = random.randrange(len(self.noise) - 16000), random.uniform(0, 0.45)
+            s = s * (1 - share) + share * self.spectrogram(self.noise[start: start + 16000])
+        level = self.decibel(self.mel(s.abs().square())[None])
+        return level - level.max()
+
+
+def bench_speech(n, rounds, device, cores):
+    clips = torch.randint(-9000, 9000, (2 * n, 16000), dtype=torch.int16)
+    noise = torch.randn(20, 16000) / 9
+    resident, resident_noise, one = clips.to(device), common.stft(noise.to(device)), OneClipsView(noise.flatten())
+
+    def ours():
+        for _ in common.TwoViews(resident, lambda x: common.speech_view(x / 32768, resident_noise), n):
+            pass
+
+    def through_torchaudio():
+        for clip in clips[: n // 2]:
+            one(clip), one(clip)
+
+    ours(), through_torchaudio()  # warm up
+    rates = {"ours": [], "torchaudio": []}
+    for _ in range(rounds):
+        rates["ours"].append(2 * n / seconds(ours, device))
+        rates["torchaudio"].append(n // 2 / seconds(through_torchaudio, device))
+    print(f"Two views of clips of a second, batch {n}, medians of {rounds} rounds")
+    report(rates, device, cores)
+
+
+def report(rates, device, cores):
+    """Print a line for each way: its rate, in all and per core, and how often ours is as fast, round by round."""
+    for name, values in rates.items():
+        rate = statistics.median(values)
+        times = statistics.median(a / b for a, b in zip(rates["ours"], values))
+        on_device = name == "ours" and device.type == "cuda"
+        print(f"  {name:10} {rate:10,.0f} examples/s  {rate / (1 if on_device else cores):10,.0f} a "
+              f"{'device' if on_device else 'core'}   ours is {times:.1f} times as fast")
 
 
 def main():
@@ -89,12 +155,7 @@ def main():
     del pil
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {cores} cores"
     print(f"Two views of 32 x 32 images, batch {n}, {where}, torch {torch.__version__}, medians of {args.rounds} rounds")
-    per_core = {"ours": 1 if device.type == "cuda" else cores, "PIL": cores, "v2": cores}
-    for name, values in rates.items():
-        rate = statistics.median(values)
-        times = statistics.median(a / b for a, b in zip(rates["ours"], values))
-        unit = "device" if name == "ours" and device.type == "cuda" else "core"
-        print(f"  {name:5} {rate:10,.0f} examples/s  {rate / per_core[name]:10,.0f} a {unit}   ours is {times:.1f} times as fast")
+    report(rates, device, cores)
 
     def networks():
         encoder, head = simclr.resnet("resnet18", 3, 32), simclr.projection_head(512, 128)
@@ -129,6 +190,7 @@ def main():
     print(f"  pre-training step of resnet18: {n / statistics.median(real):,.0f} examples/s, "
           f"{statistics.median(b / r for b, r in zip(bare, real)):.1%} of the bare step's; views take "
           f"{statistics.median(v / r for v, r in zip(views, real)):.1%} of it")
+    bench_speech(n, args.rounds, device, cores)
 
 
 if __name__ == "__main__":

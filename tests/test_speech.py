@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Speech: log-mel against its formula, each augmentation on a sound whose outcome is known, recordings, lists, cache."""
 
+import json
 import math
 import os
 import struct
@@ -15,6 +16,7 @@ import torchaudio
 import byol_imix
 import common
 import moco_imix
+import npair_tabular
 import simclr_imix
 
 CPU = torch.device("cpu")
@@ -86,12 +88,16 @@ def naive_log_mel(x):
     return np.maximum(level - level.max(), -80)
 
 
+def log_mel(x):
+    return common.log_mel(common.squared_magnitude(common.stft(x)))
+
+
 def test_log_mel_is_librosas_definition():
     rng = np.random.default_rng(0)
     sweep = np.sin(2 * np.pi * np.cumsum(np.linspace(100, 7000, 16000)) / 16000)
     clips = [tone(440), 0.01 * tone(3000), sweep, np.r_[np.zeros(8000), tone(1000, 0.5)], rng.uniform(-1, 1, 16000),
              1e-4 * rng.uniform(-1, 1, 16000)]
-    ours = common.log_mel(common.stft(torch.tensor(np.stack(clips), dtype=torch.float32)))
+    ours = log_mel(torch.tensor(np.stack(clips), dtype=torch.float32))
     assert ours.shape == (6, 1, 32, 32) and ours.dtype == torch.float32
     for clip, level in zip(clips, ours[:, 0].double().numpy()):
         expected = naive_log_mel(clip)
@@ -101,11 +107,11 @@ def test_log_mel_is_librosas_definition():
 
 def test_a_tone_is_loudest_in_its_band_and_zeros_are_flat():
     for hertz in (200, 440, 1000, 3000, 7000):
-        level = common.log_mel(common.stft(torch.tensor(tone(hertz), dtype=torch.float32)[None]))[0, 0]
+        level = log_mel(torch.tensor(tone(hertz), dtype=torch.float32)[None])[0, 0]
         mel = 3 * hertz / 200 if hertz < 1000 else 15 + 27 * math.log(hertz / 1000) / math.log(6.4)
         top = 15 + 27 * math.log(8) / math.log(6.4)
         assert abs(level.mean(1).argmax() - (mel / top * 33 - 1)) <= 0.6, hertz
-    assert common.log_mel(common.stft(torch.zeros(2, 16000))).abs().max() == 0
+    assert log_mel(torch.zeros(2, 16000)).abs().max() == 0
 
 
 # -------------------------------------------------------------------------------------------------------- augmentations
@@ -127,43 +133,41 @@ def test_speed_changes_pitch_and_length():
 
 
 @pytest.mark.parametrize("rate", [0.8, 0.93, 1.0, 1.2])
-def test_time_stretch_is_torchaudios_phase_vocoder(rate):
+def test_stretch_has_the_magnitudes_of_torchaudios_phase_vocoder(rate):
     torch.manual_seed(0)
     s = common.stft(torch.randn(3, 16000))
     advance = torch.linspace(0, math.pi * 512, 1025)[:, None]
-    expected = torchaudio.functional.phase_vocoder(s.mT.to(torch.complex128), rate, advance.double()).mT
-    ours = common.time_stretch(s, torch.tensor([rate, 1.1, rate]), 40)[[0, 2]]
-    frames = math.ceil(32 / rate)
-    assert expected.shape[1] == frames <= 40
-    torch.testing.assert_close(ours[:, :frames].abs(), expected[[0, 2]].abs().float(), atol=2e-4, rtol=1e-4)
-    wrong = (ours[:, :frames] - expected[[0, 2]]).abs() / expected[[0, 2]].abs().clamp(min=1e-3)
-    assert wrong.quantile(0.999) < 0.01  # phases add up 39 angles in float32
+    expected = torchaudio.functional.phase_vocoder(s.mT, rate, advance).abs().mT[[0, 2]]
+    ours = common.stretch_and_shift(s.abs(), torch.tensor([rate, 1.1, rate]), torch.zeros(3))[[0, 2]]
+    frames = min(32, math.ceil(32 / rate))
+    assert ours.shape == (2, 32, 1025) and expected.shape[1] == math.ceil(32 / rate)
+    torch.testing.assert_close(ours[:, :frames], expected[:, :frames], atol=5e-4, rtol=1e-4)
     assert not ours[:, frames:].any()
 
 
-def test_time_stretch_keeps_the_pitch_and_moves_the_end():
+def test_stretch_keeps_the_pitch_and_moves_the_end():
     x = torch.zeros(2, 16000)
     x[:, :8192] = torch.tensor(tone(1000, 8192 / 16000))  # 16 frames of a tone, then silence
-    s = common.time_stretch(common.stft(x), torch.tensor([0.8, 1.2]), 40)
-    power = s.abs().square()
+    power = common.stretch_and_shift(common.stft(x).abs(), torch.tensor([0.8, 1.2]), torch.zeros(2)).square()
     assert (power.sum(1).argmax(1) == 128).all()  # bin 128 is 1,000 Hz
     loud = (power.sum(2) > power.sum(2).amax(1, keepdim=True) / 4).int()
-    last = 40 - loud.flip(1).argmax(1)  # the tone ends where 16 / rate says
+    last = 32 - loud.flip(1).argmax(1)  # the tone ends where 16 / rate says
     assert abs(last[0] - 16 / 0.8) <= 1 and abs(last[1] - 16 / 1.2) <= 1
-    assert not common.time_stretch(torch.zeros(1, 32, 1025, dtype=torch.complex64), torch.ones(1), 40).isnan().any()
-    leading = torch.cat([torch.zeros(1, 5, 1025), torch.ones(1, 27, 1025)], dim=1).to(torch.complex64)
-    assert common.time_stretch(leading, torch.ones(1), 32)[0, 6:].abs().min() > 0.99  # silence before does not mute it
 
 
 def test_shift_moves_a_click_by_frames_and_brings_in_silence():
     x = torch.zeros(3, 16000)
     x[:, 16 * 512] = 1  # in the middle of frame 16
-    s = common.time_shift(common.stft(x), torch.tensor([0, 5, -8]))
-    assert s.shape == (3, 32, 1025)
-    assert s.abs().sum(2).argmax(1).tolist() == [16, 11, 24]
-    white = common.time_shift(torch.ones(2, 40, 1025, dtype=torch.complex64), torch.tensor([-3, 8]))
-    assert white.abs()[0, :3].max() == 0 and white.abs()[0, 3:].min() == 1 and white.abs()[1].min() == 1
-    level = common.log_mel(common.time_shift(common.stft(torch.tensor(tone(440), dtype=torch.float32)[None]), torch.tensor([8])))
+    magnitude = common.stretch_and_shift(common.stft(x).abs(), torch.ones(3), torch.tensor([0.0, 5.0, -8.0]))
+    assert magnitude.sum(2).argmax(1).tolist() == [16, 11, 24]
+    white = common.stretch_and_shift(torch.ones(3, 32, 1025), torch.tensor([1.0, 0.8, 1.0]), torch.tensor([-3.0, 8.0, 8.0]))
+    assert not white[0, :3].any() and (white[0, 3:] == 1).all()  # before the clip: nothing, not its first frame
+    assert (white[1] > 0.79).all()  # slowed down to 40 frames, of which the last 32 are taken
+    assert (white[2, :24] == 1).all() and not white[2, 24:].any()
+    half = common.stretch_and_shift(torch.ones(1, 32, 1025), torch.tensor([0.9]), torch.tensor([-1.0]))
+    assert not half[0, 0].any() and (half[0, 1:] == 1).all()  # at -0.9: still before the clip
+    level = common.log_mel(common.stretch_and_shift(common.stft(torch.tensor(tone(440))[None].float()).abs(), torch.ones(1),
+                                                    torch.tensor([8.0])).square())
     assert (level[0, 0, :, 24:] == -80).all()  # silence, not noise
 
 
@@ -180,33 +184,43 @@ def fix(monkeypatch, chosen, share):
 
 def test_each_augmentation_alone(monkeypatch):
     x = torch.tensor(np.stack([tone(500), tone(1500)]), dtype=torch.float32) / 2
-    plain = common.log_mel(common.stft(x))
     seen, inner = [], common.log_mel
-    monkeypatch.setattr(common, "log_mel", lambda s: seen.append(s) or inner(s))
-    noise = torch.full((20_000,), 0.25)
-    s = common.stft(x)
+    monkeypatch.setattr(common, "log_mel", lambda power: seen.append(power) or inner(power))
+    torch.manual_seed(0)
+    noise = common.stft(torch.randn(1, 16000) / 9)
+    m, zero, one = common.stft(x).abs(), torch.zeros(2), torch.ones(2)
     for part, share, expected in [
-            (0, 0.0, 0.7 * s), (0, 1.0, 1.1 * s),
-            (1, 0.0, common.stft(common.change_speed(x, torch.full((2,), 1.25)))),
-            (1, 1.0, common.stft(common.change_speed(x, torch.full((2,), 1 / 1.2)))),
-            (2, 1.0, common.time_stretch(s, torch.full((2,), 1.2), 32)),
-            (3, 0.0, common.time_shift(s, torch.full((2,), -8))), (3, 0.999, common.time_shift(s, torch.full((2,), 8))),
-            (4, 1.0, 0.55 * s + 0.45 * common.stft(torch.full((2, 16000), 0.25)))]:
+            (0, 0.0, 0.7 * m), (0, 1.0, 1.1 * m),
+            (1, 0.0, common.stft(common.change_speed(x, 1.25 * one)).abs()),
+            (1, 1.0, common.stft(common.change_speed(x, one / 1.2)).abs()),
+            (2, 0.0, common.stretch_and_shift(m, 0.8 * one, zero)), (2, 1.0, common.stretch_and_shift(m, 1.2 * one, zero)),
+            (3, 0.0, common.stretch_and_shift(m, one, -8 * one)), (3, 0.999, common.stretch_and_shift(m, one, 8 * one)),
+            (4, 0.0, m), (4, 1.0, (0.55 * m + 0.45 * noise).abs())]:
         fix(monkeypatch, [part], share)
         view = common.speech_view(x, noise)
         assert view.shape == (2, 1, 32, 32)
-        torch.testing.assert_close(seen.pop().abs(), expected.abs(), atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(seen.pop().sqrt(), expected, atol=2e-3, rtol=1e-3)
     fix(monkeypatch, [], 0.3)
-    torch.testing.assert_close(common.speech_view(x, noise), plain, atol=0.05, rtol=0)
+    torch.testing.assert_close(common.speech_view(x, noise), log_mel(x), atol=0.05, rtol=0)
+
+
+def test_noise_has_the_share_that_it_is_given(monkeypatch):
+    """With independent phases powers add up: (1 - share)^2 of the clip's, share^2 of the noise's."""
+    seen = []
+    monkeypatch.setattr(common, "log_mel", lambda power: seen.append(power) or power)
     fix(monkeypatch, [4], 1.0)
-    torch.testing.assert_close(common.speech_view(x, torch.empty(0)), plain, atol=0.05, rtol=0)  # no noise to add
+    torch.manual_seed(0)
+    x, noise = torch.randn(200, 16000), 2 * torch.randn(200, 16000)
+    common.speech_view(x, common.stft(noise))
+    clip, other = (common.squared_magnitude(common.stft(a)).mean() for a in (x, noise))
+    torch.testing.assert_close(seen[0].mean(), 0.55**2 * clip + 0.45**2 * other, rtol=0.01, atol=0)
 
 
 def test_each_is_drawn_for_half_of_the_clips(monkeypatch):
     drawn, inner = [], torch.where
     monkeypatch.setattr(torch, "where", lambda c, a, b: drawn.append((c, a)) or inner(c, a, b))
     torch.manual_seed(0)
-    common.speech_view(torch.randn(300, 16000), torch.randn(5000))  # noise shorter than a clip is repeated
+    common.speech_view(torch.randn(300, 16000), common.stft(torch.randn(3, 16000)))
     ranges = [(0.7, 1.1), (-0.2, 0.2), (-0.2, 0.2), (-8, 9), (0, 0.45)]
     drawn = [pair for pair in drawn if pair[0].shape == (300,)]
     assert len(drawn) == 5
@@ -220,8 +234,8 @@ def test_each_is_drawn_for_half_of_the_clips(monkeypatch):
 def test_views_work_without_data():
     """On the meta device nothing can be copied to the host, so a view that waits for the device fails."""
     x = torch.empty(4, 16000, device="meta", dtype=torch.int16)
-    view = common.speech_view(x / 32768, torch.empty(30_000, device="meta"))
-    assert view.shape == common.log_mel(common.stft(x / 32768)).shape == (4, 1, 32, 32)
+    view = common.speech_view(x / 32768, torch.empty(3, 32, 1025, device="meta", dtype=torch.complex64))
+    assert view.shape == log_mel(x / 32768).shape == (4, 1, 32, 32)
 
 
 # ----------------------------------------------------------------------------------------------------------- recordings
@@ -414,3 +428,54 @@ def test_an_interrupted_unpacking_is_not_taken_for_the_data_set(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         common.load_speech("speech_commands", tmp_path, CPU)
     assert not (tmp_path / "SpeechCommands" / "speech_commands_v0.01").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- scripts
+@pytest.mark.parametrize("script", [simclr_imix, moco_imix, byol_imix])
+@pytest.mark.parametrize("flags", [["--alpha", "1"], ["--alpha", "0"], ["--no-augment"]], ids=" ".join)
+def test_the_scripts_run_on_speech_commands(tmp_path, capsys, script, flags):
+    """Through torchaudio's dataset class; tones half an octave apart are told apart by any features."""
+    speech_commands(tmp_path, ["bed", "cat", "dog"])
+    out = tmp_path / "run"
+    script.main(["--dataset", "speech_commands", "--data-dir", str(tmp_path), "--arch", "resnet18", "--batch-size", "12",
+                 "--train-size", "24", "--epochs", "2", "--linear-epochs", "50", "--device", "cpu", "--out", str(out), *flags])
+    assert "speech_commands: 24 examples to train on, 9 to test, 3 classes; cpu" in capsys.readouterr().out
+    assert json.loads((out / "result.json").read_text())["test_accuracy"] > 0.6
+    script.resnet("resnet18", 1, 32).load_state_dict(torch.load(out / "encoder.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("script", [simclr_imix, moco_imix, byol_imix])
+def test_the_recipe_for_speech(tmp_path, script):
+    write_wav(tmp_path / "mine" / "ant" / "1.WAV", tone(440))
+    for dataset in ("speech_commands", str(tmp_path / "mine")):
+        args = script.parse_args(["--dataset", dataset])
+        assert (args.alpha, args.epochs, args.batch_size, args.warmup_epochs, args.schedule) == (1.0, 500, 256, 5, "step")
+        assert args.arch == "resnet50" and args.speech_version == "v0.01"
+        assert script is byol_imix or args.temperature == 0.5
+    images = script.parse_args(["--dataset", str(tmp_path)])
+    assert (images.epochs, images.schedule) == (1000, "cosine")
+    rates = [script.step_schedule(epoch, 500, 5) for epoch in range(500)]
+    assert rates[:5] == [0.2, 0.4, 0.6, 0.8, 1.0] and set(rates[5:300]) == {1.0}
+    assert set(rates[300:400]) == {0.1} and set(rates[400:]) == {0.1**2}
+
+
+@pytest.mark.parametrize("script", [npair_tabular, simclr_imix, moco_imix, byol_imix])
+def test_no_augment_makes_both_views_the_plain_input(tmp_path, monkeypatch, script):
+    class Stop(Exception):
+        pass
+
+    loaders = []
+
+    def pretrain(*networks_and_loader, **_):
+        loaders.append(networks_and_loader[-1])
+        raise Stop
+
+    monkeypatch.setattr(script, "pretrain", pretrain)
+    for flags in ([], ["--no-augment"]):
+        with pytest.raises(Stop):
+            script.main(["--dataset", "digits", "--mask" if script is not simclr_imix else "--image-size",
+                         "0.2" if script is not simclr_imix else "8", "--device", "cpu", "--out", str(tmp_path / str(flags)),
+                         *flags])
+    (x, x_tilde), (plain, plain_tilde) = (next(iter(loader)) for loader in loaders)
+    assert not torch.equal(x, x_tilde) and torch.equal(plain, plain_tilde)
+    assert loaders[1].view(loaders[1].x[:9]).equal(loaders[1].view(loaders[1].x[:9]))
