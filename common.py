@@ -604,9 +604,10 @@ def read_wav(path):
 def speech_view(x, noise):
     """A random view of each clip (the recipe's): (N, 16000) in [-1, 1) -> log-mel spectrograms (N, 1, 32, 32) in dB.
 
-    Each with probability 0.5: amplitude times 0.7 to 1.1; speed and pitch changed by up to 20 %; the speed alone; a shift
-    by up to 8 frames; a share of up to 0.45 of noise, the STFT of clips of background noise (M, 32, 1025). A phase
-    vocoder's phases are left out: the features are of magnitudes, and the phases of noise, added last, are random.
+    Each with probability 0.5: amplitude times 0.7 to 1.1; speed and pitch changed by up to 20 %; the speed alone; a
+    shift by up to 8 frames; a share of up to 0.45 of noise, the STFT of clips of background noise (M, 32, 1025). A
+    phase vocoder's phases are left out: the features are of magnitudes, and the phases of noise, added last, are
+    random.
     """
     def draw(low, high, otherwise):  # (N,)
         drawn = torch.empty(len(x), device=x.device).uniform_(low, high)
@@ -642,9 +643,9 @@ def squared_magnitude(s):
 
 
 def stretch_and_shift(magnitude, rate, shift):
-    """Frame t of clip i becomes frame (t + shift[i]) rate[i] of magnitude (N, 32, bins): stretched in time, then shifted.
+    """Stretch clip i of magnitude (N, 32, bins) in time, then shift it: its frame t is that at (t + shift[i]) rate[i].
 
-    Between two frames it is interpolated, beyond the ends it is zero. A matrix from the left does both.
+    Between two frames it is interpolated, beyond the ends it is zero: one product from the left.
     """
     t = torch.arange(FRAMES, device=magnitude.device)
     at = (t + shift[:, None]) * rate[:, None]  # (N, 32)
