@@ -13,6 +13,7 @@ Contrastive Representation Learning", ICLR 2021, https://arxiv.org/abs/2010.0888
 import argparse
 import contextlib
 import copy
+import glob
 import json
 import math
 import os
@@ -300,7 +301,7 @@ def is_table(dataset):
 
 def is_speech(dataset):
     """Whether a data set is speech (speech_commands, a folder of WORD/*.wav), and not images."""
-    return dataset == "speech_commands" or any(Path(dataset).glob("*/*.[wW][aA][vV]"))
+    return dataset == "speech_commands" or any(glob.iglob("*/*.[wW][aA][vV]", root_dir=dataset))
 
 
 def parse_args(argv):
