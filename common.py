@@ -6,11 +6,12 @@
     result = linear_eval(encoder, data)                 # {"test_accuracy": ..., "train_accuracy": ..., ...}
 """
 
+import glob
 import io
 import math
 import os
-import shutil
 import sys
+import tempfile
 import time
 import warnings
 import wave
@@ -93,8 +94,10 @@ def subset(x, y, size):
         return x, y
     try:
         return split(x, y, len(y) - size)[:2]
-    except ValueError as error:
-        raise DataError(f"--train-size {size} of the {len(y):,} training examples: {error}") from None
+    except ValueError:
+        classes = len(np.unique(y))
+        raise DataError(f"--train-size {size} of the {len(y):,} training examples: give {classes} to "
+                        f"{len(y) - classes:,}, with two examples or more of each class, or leave it out") from None
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -306,7 +309,7 @@ def read_image_folder(path, size):
             files = torchvision.datasets.ImageFolder(folder)
         except OSError as error:  # not there, or a class without images
             raise DataError(f"{folder} is no folder of images, one folder a class ({error}): --dataset takes cifar10, "
-                            "cifar100, digits, or the path of such a folder") from None
+                            "cifar100, digits, or the path of a folder CLASS/* of images or WORD/*.wav") from None
         if len(files.classes) < 2:
             raise DataError(f"{folder} holds one class, '{files.classes[0]}': give images of two or more")
         images = np.empty((len(files), 3, size, size), np.uint8)
@@ -465,16 +468,16 @@ def load_speech(dataset, data_dir, device, *, version="v0.01", train_size=None):
         folder, train, test = list_speech_commands(Path(data_dir), f"speech_commands_{version}")
     else:
         folder, train, test = list_words(Path(dataset))
-    files, noise = train + test, [read_wav(path) for path in sorted((folder / NOISE).glob(WAV))]
+    files, noise_files = sorted(train + test), sorted((folder / NOISE).glob(WAV))
     words = sorted({file.split("/")[0] for file in files})
-    if not train or not test or len(words) < 2:
-        raise DataError(f"{folder} holds {len(words)} words, {len(train)} training and {len(test)} test clips: give "
-                        "both clips of two words or more")
+    if not test or len({file.split("/")[0] for file in train}) < 2:
+        raise DataError(f"{folder}: words: {len(words)}, clips to train on: {len(train)}, to test: {len(test)}: give "
+                        "clips of two words or more to train on, and some to test")
     classes, about = words, "none is one of the paper's ten, so each is a class"
     if not set(words).isdisjoint(COMMANDS):
         classes, about = [*COMMANDS, "unknown", "silence"], "the classes are the paper's ten, 'unknown' and 'silence'"
         train = train + ["silence/"] * (len(train) // 10)
-    print(f"{folder}: {len(words)} words, {about}; {len(noise)} recordings of background noise", flush=True)
+    print(f"{folder}: {len(words)} words, {about}; recordings of background noise: {len(noise_files)}", flush=True)
     y_train, y_test = ([classes.index(word if word in classes else "unknown")
                         for word in (file.split("/")[0] for file in part)] for part in (train, test))
     train, y_train = subset(np.array(train), np.array(y_train), train_size)
@@ -489,7 +492,7 @@ def load_speech(dataset, data_dir, device, *, version="v0.01", train_size=None):
     x_train, x_test = (clips[[row.get(file, 0) for file in part]] for part in (train, test))
     x_train[train == "silence/"] = 0
     x_train, y_train, x_test, y_test = (torch.as_tensor(a, device=device) for a in (x_train, y_train, x_test, y_test))
-    noise = np.concatenate(noise or [np.zeros(RATE, np.int16)])
+    noise = np.concatenate([read_wav(path) for path in noise_files] or [np.zeros(RATE, np.int16)])
     noise.resize(math.ceil(len(noise) / RATE), RATE)  # clips of a second, the last one filled up with zeros
     noise = stft(torch.as_tensor(noise / 32768, dtype=torch.float32, device=device))
     return Dataset(x_train, y_train, x_test, y_test, len(classes), lambda x: speech_view(x / 32768, noise),
@@ -504,15 +507,14 @@ def list_speech_commands(data_dir, version):
     folder = data_dir / "SpeechCommands" / version
     there = os.path.isdir(folder)
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        parts = [torchaudio.datasets.SPEECHCOMMANDS(data_dir, version, download=not there, subset=subset)
-                 for subset in ("training", "testing")]
-        names = [[part.get_metadata(i)[0] for i in range(len(part))] for part in parts]
-    except BaseException as error:  # no network, another digest, no lists; or stopped, perhaps half unpacked
         if not there:
-            shutil.rmtree(folder, ignore_errors=True)
-        if not isinstance(error, Exception):
-            raise
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=data_dir) as part:  # so that the folder comes whole or not at all
+                torchaudio.datasets.SPEECHCOMMANDS(part, version, download=True)
+                os.rename(Path(part, "SpeechCommands", version), folder)
+        parts = [torchaudio.datasets.SPEECHCOMMANDS(data_dir, version, subset=name) for name in ("training", "testing")]
+        names = [[part.get_metadata(i)[0] for i in range(len(part))] for part in parts]
+    except Exception as error:  # no network, another digest, no lists
         what = f"{folder} can't be read" if there else f"{version} is not in {data_dir} and could not be downloaded"
         raise DataError(f"{what} ({' '.join(str(error).split()) or type(error).__name__}): put the data set's folders "
                         "and lists there, or give any folder of WORD/*.wav as --dataset") from None
@@ -523,13 +525,22 @@ def list_speech_commands(data_dir, version):
 def list_words(folder):
     """The folder and its training and test files, WORD/NAME.wav, by its lists, which are as those of Speech Commands.
 
-    Without a testing_list.txt a stratified fifth is the test.
+    Without a testing_list.txt a stratified fifth is the test. What a list names and is not there is left out, with a
+    note.
     """
+    files = [file for file in sorted(glob.glob(f"*/{WAV}", root_dir=folder)) if not file.startswith(NOISE)]
+
+    def listed(name):
+        path = folder / name
+        lines = path.read_text("utf-8-sig", "replace").splitlines() if os.path.exists(path) else []
+        named = {os.path.normpath(line.strip()) for line in lines if line.strip()}
+        if missing := named.difference(files):
+            print(f"{path}: {len(missing):,} of {len(named):,} are not there, as {min(missing)}", flush=True)
+        return named
+
     try:
-        validation, testing = (set((folder / name).read_text().splitlines()) if os.path.exists(folder / name) else set()
-                               for name in LISTS)
-        files = sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"*/{WAV}"))
-        files = [file for file in files if not file.startswith(NOISE) and file not in validation]
+        validation, testing = map(listed, LISTS)
+        files = [file for file in files if file not in validation]
         if not testing:
             testing = set(split(files, [file.split("/")[0] for file in files], 0.2)[2])
     except (OSError, ValueError) as error:
@@ -566,14 +577,15 @@ def cached_clips(folder, files):
                 out.write(np.array((made_from[i], np.pad(clip, (0, RATE - len(clip)))), kind).tobytes())
                 if i % 1000 == 0:
                     progress(f"{folder}: {i:,} of {len(files):,} clips read")
+        clips = np.load(part, mmap_mode="r")["clip"]
         os.replace(part, path)
     except OSError as error:
         raise DataError(f"{part} can't be written ({error.strerror}): the clips are kept there in one file of "
-                        f"{len(files) * kind.itemsize / 1e9:.1f} GB: make room, or the folder writable") from None
+                        f"{len(files) * kind.itemsize / 1e6:,.1f} MB: make room, or the folder writable") from None
     finally:
         part.unlink(missing_ok=True)
     progress("")
-    return np.load(path, mmap_mode="r")["clip"]
+    return clips
 
 
 def read_wav(path):
@@ -586,7 +598,9 @@ def read_wav(path):
         with wave.open(io.BytesIO(raw)) as file:
             channels, width, rate, n, *_ = file.getparams()
             data = np.frombuffer(file.readframes(n), np.uint8)
-        if not 0 < len(data) == n * channels * width:
+        if not len(data):
+            raise ValueError("no samples")
+        if len(data) != n * channels * width:
             raise ValueError(f"{len(data):,} bytes of samples instead of {n * channels * width:,}")
         samples = np.zeros((n * channels, 4), np.uint8)  # of int32, whose high bytes they are
         samples[:, 4 - width:] = data.reshape(-1, width)

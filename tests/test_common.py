@@ -337,7 +337,7 @@ def test_train_size_is_a_stratified_subset():
     assert torch.equal(data.x_train, common.load_images("digits", "data", CPU, train_size=100).x_train)
     assert len(common.load_images("digits", "data", CPU, train_size=1437).x_train) == 1437
     for size in (5, 1438):
-        with pytest.raises(common.DataError, match=f"^--train-size {size} of the 1,437 training examples: "):
+        with pytest.raises(common.DataError, match=f"^--train-size {size} of the 1,437 training examples: give 10 to 1,427, "):
             common.load_images("digits", "data", CPU, train_size=size)
 
 

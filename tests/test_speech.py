@@ -4,7 +4,9 @@
 import json
 import math
 import os
+import shutil
 import struct
+import tarfile
 import wave
 from pathlib import Path
 
@@ -274,7 +276,7 @@ def damaged(folder, kind):
 
 @pytest.mark.parametrize("kind, reason", [
     ("empty", "cut short"), ("text", "file does not start with RIFF id"), ("cut in the header", "cut short"),
-    ("cut short", "19,956 bytes of samples instead of 32,000"), ("header alone", "0 bytes of samples instead of 32,000"),
+    ("cut short", "19,956 bytes of samples instead of 32,000"), ("header alone", "no samples"),
     ("float", "unknown format: 3")])
 def test_unreadable_files_are_named(tmp_path, kind, reason):
     for word in ("ant", "bee"):
@@ -301,8 +303,8 @@ def test_speech_commands_by_torchaudios_lists(tmp_path, capsys):
     words = ["bed", "cat", "dog"]
     folder = speech_commands(tmp_path, words)
     data = common.load_speech("speech_commands", tmp_path, CPU)
-    assert capsys.readouterr().out == (f"{folder}: 3 words, none is one of the paper's ten, so each is a class; 1 recordings "
-                                       "of background noise\n")
+    assert capsys.readouterr().out == (f"{folder}: 3 words, none is one of the paper's ten, so each is a class; recordings "
+                                       "of background noise: 1\n")
     parts = {name: torchaudio.datasets.SPEECHCOMMANDS(tmp_path, "speech_commands_v0.01", subset=name)
              for name in ("training", "testing")}
     for part, x, y in (("training", data.x_train, data.y_train), ("testing", data.x_test, data.y_test)):
@@ -319,7 +321,7 @@ def test_speech_commands_by_torchaudios_lists(tmp_path, capsys):
 def test_the_papers_twelve_classes(tmp_path, capsys):
     speech_commands(tmp_path, ["bed", "go", "yes"], noise=False)
     data = common.load_speech("speech_commands", tmp_path, CPU)
-    assert "3 words, the classes are the paper's ten, 'unknown' and 'silence'; 0 recordings" in capsys.readouterr().out
+    assert "3 words, the classes are the paper's ten, 'unknown' and 'silence'; recordings of background noise: 0" in capsys.readouterr().out
     assert data.num_classes == 12
     assert data.y_train.bincount(minlength=12).tolist() == [20, 0, 0, 0, 0, 0, 0, 0, 0, 20, 20, 6]
     assert data.y_test.bincount(minlength=12).tolist() == [3, 0, 0, 0, 0, 0, 0, 0, 0, 3, 3, 0]  # no silence to test on
@@ -327,7 +329,7 @@ def test_the_papers_twelve_classes(tmp_path, capsys):
     assert data.view(data.x_train[-2:]).abs().max() == 0  # silence stays silent where there is no noise
 
 
-def test_ones_own_folder(tmp_path):
+def test_ones_own_folder(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for word, hertz in (("ant", 400), ("bee", 1200)):
         for i in range(10):
@@ -338,13 +340,20 @@ def test_ones_own_folder(tmp_path):
     assert len(data.x_train) == 16 and data.y_test.tolist().count(0) == 2 == data.y_test.tolist().count(1)
     short = data.x_train[(data.x_train[:, 8000:] == 0).all(1)]
     assert 1 <= len(short) <= 2 and (short[:, 7000:7990].abs() > 100).any()  # half a second, filled up with zeros
-    (tmp_path / "testing_list.txt").write_text("ant/take 0.wav\nbee/take 1.WAV\nbee/gone.wav\n")
+    (tmp_path / "testing_list.txt").write_text("\ufeffant/take 0.wav\r\n./bee/take 1.WAV \r\n\r\nbee/gone.wav\r\n")
     (tmp_path / "validation_list.txt").write_text("bee/take 3.WAV\n")
+    (tmp_path / "ant" / "._take 0.wav").write_text("what some systems keep beside a file")
+    (tmp_path / ".trash").mkdir()
+    write_wav(tmp_path / ".trash" / "1.wav", tone(50))
+    capsys.readouterr()
     data = common.load_speech(str(tmp_path), None, CPU)
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'testing_list.txt'}: 1 of 3 are not there, as bee/gone.wav\n"
+        f"{tmp_path}: 2 words, none is one of the paper's ten, so each is a class; recordings of background noise: 1\n")
     assert len(data.x_train) == 17 and data.y_test.tolist() == [0, 1]
     sizes = [len(common.load_speech(str(tmp_path), None, CPU, train_size=size).x_train) for size in (4, 17)]
     assert sizes == [4, 17]
-    with pytest.raises(common.DataError, match="^--train-size 18 of the 17 training examples: "):
+    with pytest.raises(common.DataError, match="^--train-size 18 of the 17 training examples: give 2 to 15, "):
         common.load_speech(str(tmp_path), None, CPU, train_size=18)
 
 
@@ -397,6 +406,34 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/*/imix*"))
 
 
+def test_the_download_comes_whole_or_not_at_all(tmp_path, monkeypatch):
+    made = speech_commands(tmp_path / "made", ["bed", "cat"])
+    with tarfile.open(tmp_path / "made.tar.gz", "w:gz") as tar:
+        tar.add(made, arcname=".")
+    monkeypatch.setattr(torchaudio.datasets.speechcommands, "download_url_to_file",
+                        lambda url, path, hash_prefix: shutil.copy(tmp_path / "made.tar.gz", path))
+    data_dir = tmp_path / "new" / "data"
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        def half(archive, folder):
+            shutil.copytree(made / "bed", Path(folder) / "bed")
+            raise KeyboardInterrupt
+        context.setattr(torchaudio.datasets.speechcommands, "_extract_tar", half)
+        common.load_speech("speech_commands", data_dir, CPU)
+    assert [path.name for path in data_dir.rglob("*")] == ["SpeechCommands"]
+    data = common.load_speech("speech_commands", data_dir, CPU)
+    assert torch.equal(data.x_train, common.load_speech("speech_commands", tmp_path / "made", CPU).x_train)
+    assert [path.name for path in data_dir.iterdir()] == ["SpeechCommands"]
+
+
+def test_a_folder_and_its_lists_share_the_cache(tmp_path, monkeypatch):
+    folder = speech_commands(tmp_path, ["bed", "cat"])
+    (folder / "validation_list.txt").write_text("")
+    by_lists = common.load_speech("speech_commands", tmp_path, CPU)
+    monkeypatch.setattr(common, "read_wav", lambda path: {"hiss.wav": np.zeros(16000, np.int16)}[path.name])  # no other
+    by_folder = common.load_speech(str(folder), None, CPU)
+    assert torch.equal(by_lists.x_test, by_folder.x_test) and torch.equal(by_lists.x_train, by_folder.x_train)
+
+
 def test_missing_and_one_word_speech(tmp_path, monkeypatch):
     def no_network(*_, **__):
         raise OSError("<urlopen error\nno route>")
@@ -412,7 +449,7 @@ def test_missing_and_one_word_speech(tmp_path, monkeypatch):
         common.load_speech("speech_commands", tmp_path, CPU)
     assert len(common.load_speech(str(folder), None, CPU).x_test) == 10
     one = speech_commands(tmp_path / "one", ["bed"])
-    with pytest.raises(common.DataError, match=f"^{one} holds 1 words, 20 training and 3 test clips: "):
+    with pytest.raises(common.DataError, match=f"^{one}: words: 1, clips to train on: 20, to test: 3: give "):
         common.load_speech("speech_commands", tmp_path / "one", CPU)
     with pytest.raises(common.DataError, match="^nowhere can't be split"):
         common.load_speech("nowhere", None, CPU)
