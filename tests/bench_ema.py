@@ -4,7 +4,8 @@
     python tests/bench_ema.py
 
 Rows of CovType's shape at --width 32, N = 512; on a GPU also resnet18 on 32 x 32 images, N = 256. The step is
-pretrain()'s, with views and mixing; the parts are timed alone, on tensors of the step's shapes, in the same rounds.
+pretrain()'s, with views and mixing; the parts are timed alone, on tensors of the step's shapes, in the same rounds. So
+is the least that MoCo's loss can cost: the two products of N embeddings and N + K keys, bare.
 """
 
 import argparse
@@ -39,6 +40,7 @@ def measure(name, x, view, n, networks, device, amp, rounds):
     ema = copy.deepcopy(model).requires_grad_(False)
     predictor = byol.projection_head(D, D).to(device)
     loader = common.TwoViews(x, view, n)
+    keys, logits = torch.randn(n + K, D, device=device), torch.randn(n, n + K, device=device)
     options = {"epochs": 1, "warmup_epochs": 0, "amp": amp}
     parts = {
         "MoCo": [lambda: moco.update_ema(ema, model, 0.999), lambda: moco.enqueue(queue, f_ema, 4000),
@@ -46,17 +48,23 @@ def measure(name, x, view, n, networks, device, amp, rounds):
         "BYOL": [lambda: byol.update_ema(ema, model, 0.999), lambda: byol.byol_loss(f, f_ema, perm, lam).backward()]}
     loops = {"MoCo": lambda: moco.pretrain(*networks(), loader, queue_size=K, **options),
              "BYOL": lambda: byol.pretrain(*networks(), predictor, loader, **options)}
+
+    def products():
+        f_ema @ keys.T, logits @ keys
+
     for method, loop in loops.items():
         with contextlib.redirect_stdout(io.StringIO()):
-            for part in [*parts[method]] * 3:
+            for part in [*parts[method], products] * 3:
                 part()  # warm up
-            shares, steps = [], []
+            shares, bare, steps = [], [], []
             for _ in range(rounds):
                 steps.append(seconds(loop, device) / len(loader))
                 cost = sum(seconds(lambda: [part() for _ in range(10)], device) / 10 for part in parts[method])
                 shares.append(cost / steps[-1])
+                bare.append(seconds(lambda: [products() for _ in range(10)], device) / 10 / steps[-1])
+        of_keys = f", the bare products with the keys alone {statistics.median(bare):.1%}" * (method == "MoCo")
         print(f"  {method}, {name}: {n / statistics.median(steps):,.0f} examples/s; EMA, {'queue, ' * (method == 'MoCo')}loss "
-              f"take {statistics.median(shares):.1%} of the step", flush=True)
+              f"take {statistics.median(shares):.1%} of the step{of_keys}", flush=True)
 
 
 def main():
