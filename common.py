@@ -628,10 +628,10 @@ def speech_view(x, noise):
         return torch.where(torch.rand(len(x), device=x.device) < 0.5, drawn, otherwise)
 
     x = change_speed(x * draw(0.7, 1.1, 1.0)[:, None], 1 / (1 + draw(-0.2, 0.2, 0.0)))
-    magnitude = stretch_and_shift(squared_magnitude(stft(x)).sqrt(), 1 + draw(-0.2, 0.2, 0.0), draw(-8, 9, 0.0).floor())
+    magnitude = stretch_and_shift(squared_magnitude(stft(x)).sqrt_(), 1 + draw(-0.2, 0.2, 0.0), draw(-8, 9, 0.0).floor())
     share = draw(0, 0.45, 0.0)[:, None, None]
     noise = noise[torch.randint(len(noise), (len(x),), device=x.device)]
-    return log_mel(torch.lerp(magnitude, noise.real, share).square() + (share * noise.imag).square())
+    return log_mel(magnitude.lerp_(noise.real, share).square_().add_((noise.imag * share).square_()))
 
 
 def change_speed(x, speed):
@@ -653,7 +653,7 @@ def stft(x):
 
 def squared_magnitude(s):
     """|s|^2 of complex s."""
-    return s.real.square() + s.imag.square()
+    return s.real.square().addcmul_(s.imag, s.imag)
 
 
 def stretch_and_shift(magnitude, rate, shift):
