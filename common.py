@@ -631,7 +631,8 @@ def speech_view(x, noise):
     magnitude = stretch_and_shift(squared_magnitude(stft(x)).sqrt_(), 1 + draw(-0.2, 0.2, 0.0), draw(-8, 9, 0.0).floor())
     share = draw(0, 0.45, 0.0)[:, None, None]
     noise = noise[torch.randint(len(noise), (len(x),), device=x.device)]
-    return log_mel(magnitude.lerp_(noise.real, share).square_().add_((noise.imag * share).square_()))
+    imag = noise.imag.mul_(share)
+    return log_mel(magnitude.lerp_(noise.real, share).square_().addcmul_(imag, imag))
 
 
 def change_speed(x, speed):
