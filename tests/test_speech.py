@@ -475,8 +475,8 @@ def test_the_scripts_run_on_speech_commands(tmp_path, capsys, script, flags):
     speech_commands(tmp_path, ["bed", "cat", "dog"])
     out = tmp_path / "run"
     script.main(["--dataset", "speech_commands", "--data-dir", str(tmp_path), "--arch", "resnet18", "--batch-size", "12",
-                 "--train-size", "24", "--epochs", "2", "--linear-epochs", "50", "--device", "cpu", "--out", str(out), *flags])
-    assert "speech_commands: 24 examples to train on, 9 to test, 3 classes; cpu" in capsys.readouterr().out
+                 "--epochs", "2", "--device", "cpu", "--out", str(out), *flags])
+    assert "speech_commands: 60 examples to train on, 9 to test, 3 classes; cpu" in capsys.readouterr().out
     assert json.loads((out / "result.json").read_text())["test_accuracy"] > 0.6
     script.resnet("resnet18", 1, 32).load_state_dict(torch.load(out / "encoder.pt", weights_only=True))
 
