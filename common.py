@@ -6,6 +6,7 @@
     result = linear_eval(encoder, data)                 # {"test_accuracy": ..., "train_accuracy": ..., ...}
 """
 
+import contextlib
 import glob
 import io
 import math
@@ -467,36 +468,46 @@ def load_speech(dataset, data_dir, device, *, version="v0.01", train_size=None):
     if dataset == "speech_commands":
         folder, train, test = list_speech_commands(Path(data_dir), f"speech_commands_{version}")
     else:
-        folder, train, test = list_words(Path(dataset))
-    files, noise_files = sorted(train + test), sorted((folder / NOISE).glob(WAV))
-    words = sorted({file.split("/")[0] for file in files})
-    if not test or len({file.split("/")[0] for file in train}) < 2:
+        folder = Path(dataset)
+        train, test = list_words(folder)
+    files, noise_files = sorted(train + test), sorted(glob.glob(f"{NOISE}/{WAV}", root_dir=folder))
+    words, trained = ({word_of(file) for file in part} for part in (files, train))
+    if not test or len(trained) < 2:
         raise DataError(f"{folder}: words: {len(words)}, clips to train on: {len(train)}, to test: {len(test)}: give "
                         "clips of two words or more to train on, and some to test")
-    classes, about = words, "none is one of the paper's ten, so each is a class"
-    if not set(words).isdisjoint(COMMANDS):
+    if words.isdisjoint(COMMANDS):
+        classes, about = sorted(words), "none is one of the paper's ten, so each is a class"
+        if words != trained:
+            raise DataError(f"{folder}: no clip of '{min(words - trained)}' is left to train on: shorten the lists")
+    else:
         classes, about = [*COMMANDS, "unknown", "silence"], "the classes are the paper's ten, 'unknown' and 'silence'"
         train = train + ["silence/"] * (len(train) // 10)
     print(f"{folder}: {len(words)} words, {about}; recordings of background noise: {len(noise_files)}", flush=True)
-    y_train, y_test = ([classes.index(word if word in classes else "unknown")
-                        for word in (file.split("/")[0] for file in part)] for part in (train, test))
+    y_train, y_test = ([classes.index(word if word in classes else "unknown") for word in map(word_of, part)]
+                       for part in (train, test))
     train, y_train = subset(np.array(train), np.array(y_train), train_size)
-    n, memory = len(train) + len(test), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    noise = np.concatenate([read_wav(folder / file) for file in noise_files] or [np.zeros(RATE, np.int16)])
+    noise.resize(math.ceil(len(noise) / RATE), RATE)  # clips of a second, the last one filled up with zeros
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0]
-    if n * RATE * 2 > memory:
-        raise DataError(f"{folder}: {n:,} clips take {n * RATE * 2 / 1e9:.1f} GB, and {device} has {memory / 1e9:.1f}: "
-                        "keep fewer with --train-size")
+    n, size = len(train) + len(test), 8 * len(noise) * FRAMES * (N_FFT // 2 + 1)  # of the noise's STFT, in bytes
+    if (size := size + 2 * n * RATE) > memory:
+        raise DataError(f"{folder}: {n:,} clips and {len(noise):,} s of noise take {size / 1e9:.1f} GB, and {device} "
+                        f"has {memory / 1e9:.1f}: keep fewer with --train-size")
 
     clips, row = cached_clips(folder, files), {file: i for i, file in enumerate(files)}
     x_train, x_test = (clips[[row.get(file, 0) for file in part]] for part in (train, test))
-    x_train[train == "silence/"] = 0
+    x_train[train == "silence/"] = 0  # which is no file, so that another clip was taken
     x_train, y_train, x_test, y_test = (torch.as_tensor(a, device=device) for a in (x_train, y_train, x_test, y_test))
-    noise = np.concatenate([read_wav(path) for path in noise_files] or [np.zeros(RATE, np.int16)])
-    noise.resize(math.ceil(len(noise) / RATE), RATE)  # clips of a second, the last one filled up with zeros
     noise = stft(torch.as_tensor(noise / 32768, dtype=torch.float32, device=device))
     return Dataset(x_train, y_train, x_test, y_test, len(classes), lambda x: speech_view(x / 32768, noise),
                    lambda x: log_mel(squared_magnitude(stft(x / 32768))))
+
+
+def word_of(file):
+    """The word of a recording WORD/NAME.wav."""
+    return file.split("/")[0]
 
 
 def list_speech_commands(data_dir, version):
@@ -519,11 +530,19 @@ def list_speech_commands(data_dir, version):
         raise DataError(f"{what} ({' '.join(str(error).split()) or type(error).__name__}): put the data set's folders "
                         "and lists there, or give any folder of WORD/*.wav as --dataset") from None
     train, test = ([Path(name).relative_to(version).as_posix() for name in part] for part in names)
-    return folder, train, [file for file in test if os.path.exists(folder / file)]  # the list may name words not there
+    return folder, train, keep_existing(test, folder / LISTS[1])
+
+
+def keep_existing(names, path):
+    """Of the recordings WORD/NAME.wav that the list at path names, those that are there; the others are noted."""
+    there = [name for name in names if os.path.exists(path.parent / name)]
+    if missing := set(names).difference(there):
+        print(f"{path}: {len(missing):,} of {len(names):,} are not there, as {min(missing)}", flush=True)
+    return there
 
 
 def list_words(folder):
-    """The folder and its training and test files, WORD/NAME.wav, by its lists, which are as those of Speech Commands.
+    """A folder's training and test files, WORD/NAME.wav, by its lists, which are as those of Speech Commands.
 
     Without a testing_list.txt a stratified fifth is the test. What a list names and is not there is left out, with a
     note.
@@ -533,20 +552,17 @@ def list_words(folder):
     def listed(name):
         path = folder / name
         lines = path.read_text("utf-8-sig", "replace").splitlines() if os.path.exists(path) else []
-        named = {os.path.normpath(line.strip()) for line in lines if line.strip()}
-        if missing := named.difference(files):
-            print(f"{path}: {len(missing):,} of {len(named):,} are not there, as {min(missing)}", flush=True)
-        return named
+        return set(keep_existing({os.path.normpath(line.strip()) for line in lines if line.strip()}, path))
 
     try:
         validation, testing = map(listed, LISTS)
         files = [file for file in files if file not in validation]
         if not testing:
-            testing = set(split(files, [file.split("/")[0] for file in files], 0.2)[2])
+            testing = set(split(files, list(map(word_of, files)), 0.2)[2])
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} can't be split into clips to train on and to test ({error}): add recordings, or a "
                         "testing_list.txt") from None
-    return folder, [file for file in files if file not in testing], [file for file in files if file in testing]
+    return [file for file in files if file not in testing], [file for file in files if file in testing]
 
 
 def cached_clips(folder, files):
@@ -583,7 +599,8 @@ def cached_clips(folder, files):
         raise DataError(f"{part} can't be written ({error.strerror}): the clips are kept there in one file of "
                         f"{len(files) * kind.itemsize / 1e6:,.1f} MB: make room, or the folder writable") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it has been renamed, or could not be made
+            part.unlink()
     progress("")
     return clips
 
@@ -598,6 +615,8 @@ def read_wav(path):
         with wave.open(io.BytesIO(raw)) as file:
             channels, width, rate, n, *_ = file.getparams()
             data = np.frombuffer(file.readframes(n), np.uint8)
+        if width > 4 or not 1_000 <= rate <= 1_000_000:
+            raise ValueError(f"{8 * width} bit, {rate:,} Hz")
         if not len(data):
             raise ValueError("no samples")
         if len(data) != n * channels * width:
@@ -618,17 +637,18 @@ def read_wav(path):
 def speech_view(x, noise):
     """A random view of each clip (the recipe's): (N, 16000) in [-1, 1) -> log-mel spectrograms (N, 1, 32, 32) in dB.
 
-    Each with probability 0.5: amplitude times 0.7 to 1.1; speed and pitch changed by up to 20 %; the speed alone; a
-    shift by up to 8 frames; a share of up to 0.45 of noise, the STFT of clips of background noise (M, 32, 1025). A
-    phase vocoder's phases are left out: the features are of magnitudes, and the phases of noise, added last, are
-    random.
+    Each with probability 0.5: amplitude times 0.7 to 1.1; speed and pitch changed by up to 20 %; time stretched by up
+    to 20 %; a shift by up to 8 frames; a share of up to 0.45 of noise, the STFT of clips of background noise (M, 32,
+    1025). A phase vocoder's phases are left out: the features are of magnitudes, and the phases of noise, added last,
+    are random.
     """
     def draw(low, high, otherwise):  # (N,)
         drawn = torch.empty(len(x), device=x.device).uniform_(low, high)
         return torch.where(torch.rand(len(x), device=x.device) < 0.5, drawn, otherwise)
 
     x = change_speed(x * draw(0.7, 1.1, 1.0)[:, None], 1 / (1 + draw(-0.2, 0.2, 0.0)))
-    magnitude = stretch_and_shift(squared_magnitude(stft(x)).sqrt_(), 1 + draw(-0.2, 0.2, 0.0), draw(-8, 9, 0.0).floor())
+    rate, shift = 1 + draw(-0.2, 0.2, 0.0), draw(-8, 9, 0.0).floor()
+    magnitude = stretch_and_shift(squared_magnitude(stft(x)).sqrt_(), rate, shift)
     share = draw(0, 0.45, 0.0)[:, None, None]
     noise = noise[torch.randint(len(noise), (len(x),), device=x.device)]
     imag = noise.imag.mul_(share)
@@ -669,7 +689,7 @@ def stretch_and_shift(magnitude, rate, shift):
 
 
 def log_mel(power):
-    """The log-mel spectrograms (N, 1, 32, 32) of power (N, 32, 1025): dB below the clip's maximum, at most 80.
+    """The log-mel spectrograms (N, 1, 32, 32) of power (N, 32, 1025): dB of the clip's maximum, from -80 to 0.
 
     As librosa's melspectrogram and power_to_db(ref=np.max), with its defaults: Slaney's mel scale and normalisation.
     """

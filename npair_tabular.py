@@ -42,7 +42,7 @@ def mixup(x, alpha):
 
 # ------------------------------------------------------------------------------------------------- loss (Section 3.1)
 def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None):
-    """The N-pair loss (Section 3.1), with i-Mix where perm and lam, both (N,), are what mixup returned; a scalar.
+    """The N-pair loss (Section 3.1), with i-Mix where perm and lam, both (N,), are what the mixing returned; a scalar.
 
     f: (N, D) raw embeddings of the (mixed) anchors; f_tilde: (N, D), of their other views, which are the N classes;
     gradients flow into both. Being linear in the virtual label, the loss of lambda v_i + (1 - lambda) v_j is
@@ -73,9 +73,8 @@ class MLP5Layer(nn.Module):
         self.layers = nn.Sequential(*sum(layers, []), nn.Linear(64 * width, 128 * width))
 
     def forward(self, x):
-        parts = zip(self.embed, x.split(self.groups, dim=1))  # each column group has its Linear
-        h = torch.cat([embed(part) for embed, part in parts], dim=1)  # (N, 64 len(groups))
-        return self.layers(h).unflatten(1, (-1, 4)).max(2).values  # maxout: (N, 128 width) -> (N, 32 width)
+        h = [embed(part) for embed, part in zip(self.embed, x.split(self.groups, dim=1))]  # (N, 64) each
+        return self.layers(torch.cat(h, dim=1)).unflatten(1, (-1, 4)).max(2).values  # maxout: (N, 32 width)
 
 
 def projection_head(size, dim):
@@ -146,8 +145,8 @@ def pretrain(encoder, head, loader, *, alpha=2.0, epochs=500, lr=0.25, weight_de
             total += loss.detach()
             if sys.stdout.isatty() and (now := time.monotonic()) - shown > 1:  # not this loss: no wait
                 shown, rate = now, (i + 1) * len(x) / (now - start)
-                show(epoch, epochs, last_loss, lr_now, rate, (epochs * steps - step) * len(x), end="")
-        mean_loss = float(total) / steps  # the epoch's one wait for the device
+                show(epoch, epochs, last_loss, lr_now, rate, (epochs * steps - step - 1) * len(x), end="")
+        mean_loss = float(total) / steps  # waits for the device, once an epoch
         weights = sum(p.detach().sum() for p in model.parameters())
         if not math.isfinite(mean_loss + float(weights)):  # the weights too: the last step may have broken them
             raise FloatingPointError(f"the loss is no longer finite in epoch {epoch}")
@@ -279,8 +278,7 @@ def main(argv=None):
     git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        about = {"torch": torch.__version__, "commit": git.stdout.decode().strip() or None}
-        save(vars(args) | about, out / "config.json")
+        save(vars(args) | {"torch": torch.__version__, "commit": git.stdout.decode()[:-1] or None}, out / "config.json")
         log = [",".join(map(str, row.values())) + "\n" for row in (state["log"] if state else [])]
         (out / "log.csv").write_text("epoch,loss,lr,examples_per_s\n" + "".join(log))
     except OSError as error:

@@ -65,7 +65,7 @@ def cutmix(x, alpha):
 
 # ------------------------------------------------------------------------------------------------ losses (Section 3.1)
 def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None):
-    """The N-pair loss (Section 3.1), with i-Mix where perm and lam, both (N,), are what mixup returned; a scalar.
+    """The N-pair loss (Section 3.1), with i-Mix where perm and lam, both (N,), are what the mixing returned; a scalar.
 
     f: (N, D) raw embeddings of the (mixed) anchors; f_tilde: (N, D), of their other views, which are the N classes;
     gradients flow into both. Being linear in the virtual label, the loss of lambda v_i + (1 - lambda) v_j is
@@ -189,8 +189,8 @@ def pretrain(encoder, head, loader, *, alpha=1.0, mix=mixup, loss_function=n_pai
             total += loss.detach()
             if sys.stdout.isatty() and (now := time.monotonic()) - shown > 1:  # not this loss: no wait
                 shown, rate = now, (i + 1) * len(x) / (now - start)
-                show(epoch, epochs, last_loss, lr_now, rate, (epochs * steps - step) * len(x), end="")
-        mean_loss = float(total) / steps  # the epoch's one wait for the device
+                show(epoch, epochs, last_loss, lr_now, rate, (epochs * steps - step - 1) * len(x), end="")
+        mean_loss = float(total) / steps  # waits for the device, once an epoch
         weights = sum(p.detach().sum() for p in model.parameters())
         if not math.isfinite(mean_loss + float(weights)):  # the weights too: the last step may have broken them
             raise FloatingPointError(f"the loss is no longer finite in epoch {epoch}")
@@ -271,7 +271,7 @@ def parse_args(argv):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: fail(f"{message} (--help lists the flags)")
     add = parser.add_argument
-    add("--dataset", default="cifar10", help="cifar10, cifar100, digits, speech_commands, a folder of images or clips")
+    add("--dataset", default="cifar10", help="cifar10, cifar100, digits (images), speech_commands, a folder of either")
     add("--data-dir", type=Path, default="data", help="where CIFAR or Speech Commands lies, or is downloaded to")
     add("--image-size", type=number(int, 1, 4097), default=32, help="folder: pixels to which its images are resized")
     add("--speech-version", choices=["v0.01", "v0.02"], default="v0.01", help="of Speech Commands")
@@ -301,9 +301,7 @@ def parse_args(argv):
     recipe = {"epochs": 1000, "temperature": 0.2, "schedule": "cosine"}
     if is_speech(args.dataset):
         recipe |= {"epochs": 500, "temperature": 0.5, "schedule": "step"}
-    for flag, value in recipe.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
+    vars(args).update({flag: value for flag, value in recipe.items() if getattr(args, flag) is None})
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10 if args.epochs > 500 else 5, args.epochs // 4)
     if args.warmup_epochs > args.epochs:
@@ -342,8 +340,7 @@ def main(argv=None):
     git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        about = {"torch": torch.__version__, "commit": git.stdout.decode().strip() or None}
-        save(vars(args) | about, out / "config.json")
+        save(vars(args) | {"torch": torch.__version__, "commit": git.stdout.decode()[:-1] or None}, out / "config.json")
         log = [",".join(map(str, row.values())) + "\n" for row in (state["log"] if state else [])]
         (out / "log.csv").write_text("epoch,loss,lr,examples_per_s\n" + "".join(log))
     except OSError as error:
@@ -352,7 +349,7 @@ def main(argv=None):
     amp = autocast_dtype(args.amp, device)
     torch.manual_seed(args.seed)
     encoder = resnet(args.arch, *data.plain(data.x_train[:1]).shape[1:3]).to(device)
-    head = projection_head(512 if args.arch != "resnet50" else 2048, args.dim).to(device)
+    head = projection_head(2048 if args.arch == "resnet50" else 512, args.dim).to(device)
     print(f"{args.dataset}: {len(data.x_train):,} examples to train on, {len(data.x_test):,} to test, "
           f"{data.num_classes} classes; {device}, autocast {amp or 'off'}, TF32 off; {out}", flush=True)
     view = data.plain if args.no_augment else data.view

@@ -5,7 +5,9 @@
 
 Rows of CovType's shape at --width 32, N = 512; on a GPU also resnet18 on 32 x 32 images, N = 256. The step is
 pretrain()'s, with views and mixing; the parts are timed alone, on tensors of the step's shapes, in the same rounds. So
-is the least that MoCo's loss can cost: the two products of N embeddings and N + K keys, bare.
+is the least that they can cost, bare operations written into tensors that are there already: lerp of two vectors as
+long as all parameters, and for MoCo the products of N embeddings with N + K keys, forward and backward, and the softmax
+of the logits between them.
 """
 
 import argparse
@@ -40,7 +42,8 @@ def measure(name, x, view, n, networks, device, amp, rounds):
     ema = copy.deepcopy(model).requires_grad_(False)
     predictor = byol.projection_head(D, D).to(device)
     loader = common.TwoViews(x, view, n)
-    keys, logits = torch.randn(n + K, D, device=device), torch.randn(n, n + K, device=device)
+    keys, logits, product = (torch.randn(*size, device=device) for size in ((n + K, D), (n, n + K), (n, D)))
+    theta, theta_ema = torch.randn(2, sum(p.numel() for p in model.parameters()), device=device)
     options = {"epochs": 1, "warmup_epochs": 0, "amp": amp}
     parts = {
         "MoCo": [lambda: moco.update_ema(ema, model, 0.999), lambda: moco.enqueue(queue, f_ema, 4000),
@@ -49,22 +52,27 @@ def measure(name, x, view, n, networks, device, amp, rounds):
     loops = {"MoCo": lambda: moco.pretrain(*networks(), loader, queue_size=K, **options),
              "BYOL": lambda: byol.pretrain(*networks(), predictor, loader, **options)}
 
-    def products():
-        f_ema @ keys.T, logits @ keys
+    def least():
+        theta_ema.lerp_(theta, 0.001)
+        if method == "MoCo":
+            torch.mm(f_ema, keys.T, out=logits)
+            torch.softmax(logits, 1, out=logits)
+            torch.mm(logits, keys, out=product)
+
+    def cost(*functions):
+        return sum(seconds(lambda: [function() for _ in range(10)], device) / 10 for function in functions)
 
     for method, loop in loops.items():
         with contextlib.redirect_stdout(io.StringIO()):
-            for part in [*parts[method], products] * 3:
-                part()  # warm up
-            shares, bare, steps = [], [], []
+            cost(*parts[method], least)  # warm up
+            steps, shares, bare = [], [], []
             for _ in range(rounds):
                 steps.append(seconds(loop, device) / len(loader))
-                cost = sum(seconds(lambda: [part() for _ in range(10)], device) / 10 for part in parts[method])
-                shares.append(cost / steps[-1])
-                bare.append(seconds(lambda: [products() for _ in range(10)], device) / 10 / steps[-1])
-        of_keys = f", the bare products with the keys alone {statistics.median(bare):.1%}" * (method == "MoCo")
+                shares.append(cost(*parts[method]) / steps[-1])
+                bare.append(cost(least) / steps[-1])
         print(f"  {method}, {name}: {n / statistics.median(steps):,.0f} examples/s; EMA, {'queue, ' * (method == 'MoCo')}loss "
-              f"take {statistics.median(shares):.1%} of the step{of_keys}", flush=True)
+              f"take {statistics.median(shares):.1%} of the step, of which the bare operations {statistics.median(bare):.1%}",
+              flush=True)
 
 
 def main():

@@ -269,7 +269,9 @@ def damaged(folder, kind):
     path = folder / "ant" / "1.wav"
     raw = path.read_bytes()
     content = {"empty": b"", "text": b"hello, I am no sound\n" * 9, "cut short": raw[:20_000], "header alone": raw[:44],
-               "cut in the header": raw[:30], "float": raw[:20] + b"\x03\x00" + raw[22:]}
+               "cut in the header": raw[:30], "float": raw[:20] + b"\x03\x00" + raw[22:],
+               "16 million Hz": raw[:24] + struct.pack("<I", 15_999_983) + raw[28:],
+               "64 bit": raw[:32] + struct.pack("<HH", 8, 64) + raw[36:]}
     path.write_bytes(content[kind])
     return path
 
@@ -277,7 +279,7 @@ def damaged(folder, kind):
 @pytest.mark.parametrize("kind, reason", [
     ("empty", "cut short"), ("text", "file does not start with RIFF id"), ("cut in the header", "cut short"),
     ("cut short", "19,956 bytes of samples instead of 32,000"), ("header alone", "no samples"),
-    ("float", "unknown format: 3")])
+    ("float", "unknown format: 3"), ("16 million Hz", "16 bit, 15,999,983 Hz"), ("64 bit", "64 bit, 16,000 Hz")])
 def test_unreadable_files_are_named(tmp_path, kind, reason):
     for word in ("ant", "bee"):
         for i in range(5):
@@ -336,6 +338,7 @@ def test_ones_own_folder(tmp_path, capsys):
             name = f"take {i}.{'WAV' if i % 2 else 'wav'}"
             write_wav(tmp_path / word / name, rng.uniform(0.3, 0.9) * tone(hertz, 0.5 + i / 5, 22050), 22050, 1 + i % 4)
     write_wav(tmp_path / "_background_noise_" / "hum.wav", tone(50, 2))
+    (tmp_path / "_background_noise_" / "._hum.wav").write_text("what some systems keep beside a file")
     data = common.load_speech(str(tmp_path), None, CPU)
     assert len(data.x_train) == 16 and data.y_test.tolist().count(0) == 2 == data.y_test.tolist().count(1)
     short = data.x_train[(data.x_train[:, 8000:] == 0).all(1)]
@@ -386,10 +389,10 @@ def test_the_second_start_reads_the_cache(tmp_path, monkeypatch):
 
 def test_what_does_not_fit_is_refused_before_it_is_read(tmp_path, monkeypatch):
     folder = speech_commands(tmp_path, ["bed", "cat"])
-    monkeypatch.setattr(os, "sysconf", lambda name: 1024)  # pages, and bytes a page: 1 MiB
+    monkeypatch.setattr(os, "sysconf", lambda name: 1400)  # pages, and bytes a page: 2 MB, of which noise takes 0.8
     with pytest.raises(common.DataError) as error:
         common.load_speech("speech_commands", tmp_path, CPU)
-    assert str(error.value) == f"{folder}: 46 clips take 0.0 GB, and cpu has 0.0: keep fewer with --train-size"
+    assert str(error.value) == f"{folder}: 46 clips and 3 s of noise take 0.0 GB, and cpu has 0.0: keep fewer with --train-size"
     assert not (folder / "imix_clips.npy").exists()
     assert len(common.load_speech("speech_commands", tmp_path, CPU, train_size=8).x_train) == 8
 
@@ -404,6 +407,44 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(common.DataError, match=r"npy\.\d+\.tmp can't be written \(No space left on device\): the clips are kept"):
         common.load_speech("speech_commands", tmp_path, CPU)
     assert not list(tmp_path.glob("*/*/imix*"))
+
+
+def test_a_file_system_that_cannot_be_written(tmp_path, monkeypatch):
+    speech_commands(tmp_path, ["bed", "cat"])
+    inner = open
+
+    def read_only(path, mode="r", *rest):
+        if mode == "wb":
+            raise OSError(30, "Read-only file system")
+        return inner(path, mode, *rest)
+
+    def unlink(*_, **__):  # there it fails also for a file that is not there
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("builtins.open", read_only)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(common.DataError, match=r"npy\.\d+\.tmp can't be written \(Read-only file system\): the clips are kept"):
+        common.load_speech("speech_commands", tmp_path, CPU)
+
+
+def test_words_without_a_clip_to_train_on(tmp_path):
+    folder = speech_commands(tmp_path, ["bed", "cat", "dog"])
+    names = [f"dog/{path.name}" for path in (folder / "dog").iterdir()]
+    with open(folder / "testing_list.txt", "a") as file:
+        file.write("\n".join(names) + "\n")
+    for dataset in ("speech_commands", str(folder)):
+        with pytest.raises(common.DataError) as error:
+            common.load_speech(dataset, tmp_path, CPU)
+        assert str(error.value) == f"{folder}: no clip of 'dog' is left to train on: shorten the lists"
+
+
+def test_listed_clips_that_are_not_there_are_noted(tmp_path, capsys):
+    folder = speech_commands(tmp_path, ["bed", "cat"])
+    for name in (folder / "testing_list.txt").read_text().split()[:2]:
+        (folder / name).unlink()
+    for dataset in ("speech_commands", str(folder)):
+        assert len(common.load_speech(dataset, tmp_path, CPU).x_test) == 4
+        assert f"{folder / 'testing_list.txt'}: 2 of 6 are not there, as bed/" in capsys.readouterr().out
 
 
 def test_the_download_comes_whole_or_not_at_all(tmp_path, monkeypatch):
