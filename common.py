@@ -491,8 +491,9 @@ def load_speech(dataset, data_dir, device, *, version="v0.01", train_size=None):
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0]
-    n, size = len(train) + len(test), 8 * len(noise) * FRAMES * (N_FFT // 2 + 1)  # of the noise's STFT, in bytes
-    if (size := size + 2 * n * RATE) > memory:
+    n = len(train) + len(test)
+    size = 2 * n * RATE + 8 * len(noise) * FRAMES * (N_FFT // 2 + 1)  # bytes of the clips and of the noise's STFT
+    if size > memory:
         raise DataError(f"{folder}: {n:,} clips and {len(noise):,} s of noise take {size / 1e9:.1f} GB, and {device} "
                         f"has {memory / 1e9:.1f}: keep fewer with --train-size")
 
