@@ -690,7 +690,7 @@ def stretch_and_shift(magnitude, rate, shift):
 
 
 def log_mel(power):
-    """The log-mel spectrograms (N, 1, 32, 32) of power (N, 32, 1025): dB of the clip's maximum, from -80 to 0.
+    """The log-mel spectrograms (N, 1, 32, 32) of power (N, 32, 1025): dB relative to the clip's maximum, -80 to 0.
 
     As librosa's melspectrogram and power_to_db(ref=np.max), with its defaults: Slaney's mel scale and normalisation.
     """
