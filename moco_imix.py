@@ -64,6 +64,29 @@ def cutmix(x, alpha):
 
 
 # ------------------------------------------------------------------------------------------------- loss (Section 3.2)
+class LogSumExp(torch.autograd.Function):
+    """log sum_k exp(q_i . k) over the keys k in blocks (M, D); q: (N, D) -> (N,). Gradient flows into q alone.
+
+    The gradient is the softmax's mean key, found in the same pass, block by block with a running maximum (Milakov and
+    Gimelshein, 2018, arXiv:1805.02867): a block's logits stay in the cache, and none is kept for the backward pass.
+    """
+    @staticmethod
+    def forward(ctx, q, blocks):
+        top, total, mean = torch.full_like(q[:, :1], -math.inf), 0, 0
+        for keys in blocks:
+            logits = q @ keys.T  # (N, M)
+            top, last = torch.maximum(top, logits.amax(1, keepdim=True)), top
+            p, shrink = logits.sub_(top).exp_(), (last - top).exp_()
+            total, mean = total * shrink + p.sum(1, keepdim=True), mean * shrink + p @ keys  # (N, 1), (N, D)
+        ctx.save_for_backward(mean / total)
+        return (top + total.log_())[:, 0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad[:, None] * ctx.saved_tensors[0], None
+
+
 def moco_loss(f, f_ema, queue, temperature, perm=None, lam=None):
     """MoCo's loss of N + K classes (Section 3.2), with i-Mix where perm and lam are what the mixing returned; a scalar.
 
@@ -72,14 +95,13 @@ def moco_loss(f, f_ema, queue, temperature, perm=None, lam=None):
     key and the queue, so that x_j's key is none of x_i's; all N keys of the batch beside the queue make labels mixable.
     """
     with torch.autocast(f.device.type, enabled=False):  # float32 logits: bf16 would round s / tau away
-        f = F.normalize(f.float(), dim=1)  # (N, D)
+        f = F.normalize(f.float(), dim=1) / temperature  # (N, D)
         f_ema = F.normalize(f_ema.detach().float(), dim=1)  # (N, D)
-        logits = f / temperature @ torch.cat([f_ema, queue]).T  # s(f_i, f~EMA_n) / tau, s(f_i, mu_k) / tau  (N, N + K)
-        log_p = F.log_softmax(logits, dim=1)  # over the batch's keys n and the queue's k  (N, N + K)
+        log_z = LogSumExp.apply(f, [f_ema, *queue.split(1024)])  # of s(f_i, f~EMA_n) / tau and s(f_i, mu_k) / tau  (N,)
+        loss_i = log_z - (f * f_ema).sum(1)  # l(x_i, v_i), the key of the own view being the class  (N,)
         if perm is None:
-            return -log_p.diagonal().mean()  # l(x_i, v_i)
-        labels = torch.stack([torch.arange(len(f), device=f.device), perm], dim=1)  # i, j  (N, 2)
-        loss_i, loss_j = -log_p.gather(1, labels).T  # l(x_i, v_i), l(x_i, v_j); one gather is one pass less  (N,) each
+            return loss_i.mean()
+        loss_j = log_z - (f * f_ema[perm]).sum(1)  # l(x_i, v_j)  (N,)
         return (lam * loss_i + (1 - lam) * loss_j).mean()
 
 
