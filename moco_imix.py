@@ -97,7 +97,7 @@ def moco_loss(f, f_ema, queue, temperature, perm=None, lam=None):
     with torch.autocast(f.device.type, enabled=False):  # float32 logits: bf16 would round s / tau away
         f = F.normalize(f.float(), dim=1) / temperature  # (N, D)
         f_ema = F.normalize(f_ema.detach().float(), dim=1)  # (N, D)
-        log_z = LogSumExp.apply(f, [f_ema, *queue.split(1024)])  # of s(f_i, f~EMA_n) / tau and s(f_i, mu_k) / tau  (N,)
+        log_z = LogSumExp.apply(f, [f_ema, *queue.split(4096)])  # of s(f_i, f~EMA_n) / tau and s(f_i, mu_k) / tau  (N,)
         loss_i = log_z - (f * f_ema).sum(1)  # l(x_i, v_i), the key of the own view being the class  (N,)
         if perm is None:
             return loss_i.mean()

@@ -7,7 +7,7 @@ Rows of CovType's shape at --width 32, N = 512; on a GPU also resnet18 on 32 x 3
 pretrain()'s, with views and mixing; the parts are timed alone, on tensors of the step's shapes, in the same rounds. So
 is the least that they can cost, bare operations written into tensors that are there already: lerp of two vectors as
 long as all parameters, and for MoCo the products of N embeddings with N + K keys, forward and backward, and the softmax
-of the logits between them.
+of the logits between them; and MoCo's loss is compared with two cross-entropies over all N + K logits.
 """
 
 import argparse
@@ -29,14 +29,14 @@ import common
 import moco_imix as moco
 from bench_npair import seconds
 
-GROUPS, D, K = [10, 4, 40], 128, 4096
+GROUPS, D = [10, 4, 40], 128
 
 
-def measure(name, x, view, n, networks, device, amp, rounds):
-    """Print one line for MoCo and one for BYOL: the step, its parts, their share."""
+def measure(name, x, view, n, K, networks, device, amp, rounds):
+    """Print one line for MoCo and one for BYOL: the step, its parts, their share; and one for MoCo's loss."""
     f, f_ema = (torch.randn(n, D, device=device, requires_grad=grad) for grad in (True, False))
     queue = F.normalize(torch.randn(K, D, device=device), dim=1)
-    perm, lam = torch.randperm(n, device=device), torch.rand(n, device=device) / 2 + 0.5
+    own, perm, lam = torch.arange(n, device=device), torch.randperm(n, device=device), torch.rand(n, device=device) / 2 + 0.5
     encoder, head = networks()
     model = nn.Sequential(encoder, head)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -59,6 +59,11 @@ def measure(name, x, view, n, networks, device, amp, rounds):
             torch.softmax(logits, 1, out=logits)
             torch.mm(logits, keys, out=product)
 
+    def cross_entropies():
+        logits = F.normalize(f, dim=1) @ torch.cat([F.normalize(f_ema, dim=1), queue]).T / 0.1
+        loss_i, loss_j = (F.cross_entropy(logits, label, reduction="none") for label in (own, perm))
+        (lam * loss_i + (1 - lam) * loss_j).mean().backward()
+
     def cost(*functions):
         return sum(seconds(lambda: [function() for _ in range(10)], device) / 10 for function in functions)
 
@@ -73,11 +78,15 @@ def measure(name, x, view, n, networks, device, amp, rounds):
         print(f"  {method}, {name}: {n / statistics.median(steps):,.0f} examples/s; EMA, {'queue, ' * (method == 'MoCo')}loss "
               f"take {statistics.median(shares):.1%} of the step, of which the bare operations {statistics.median(bare):.1%}",
               flush=True)
+    loss = parts["MoCo"][-1]
+    ratio = statistics.median(cost(cross_entropies) / cost(loss) for _ in range(rounds))
+    print(f"  moco_loss, N = {n}, K = {K}: {ratio:.1f} times as fast as two F.cross_entropy over all logits", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--queue", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", type=moco.pick_device, default="auto")
     args = parser.parse_args()
@@ -92,13 +101,14 @@ def main():
         return [net.to(device) for net in nets]
 
     rows = torch.randn(15 * 512, sum(GROUPS), device=device)
-    measure(f"w = {args.width}, N = 512", rows, lambda x: x, 512, of_tables, device, amp, args.rounds)
+    measure(f"w = {args.width}, N = 512", rows, lambda x: x, 512, args.queue, of_tables, device, amp, args.rounds)
     if device.type == "cuda":
         def of_images():
             return [net.to(device) for net in (moco.resnet("resnet18", 3, 32), moco.projection_head(512, D)[:-1])]
 
         images = torch.randint(256, (40 * 256, 3, 32, 32), dtype=torch.uint8, device=device)
-        measure("resnet18, N = 256", images, lambda x: common.image_view(x / 255), 256, of_images, device, amp, args.rounds)
+        measure("resnet18, N = 256", images, lambda x: common.image_view(x / 255), 256, args.queue, of_images, device, amp,
+                args.rounds)
 
 
 if __name__ == "__main__":
