@@ -182,7 +182,9 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, script, small, flags):
 
 
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background inherits SIGINT ignored
     process = start(tmp_path / "run", "--epochs", "9999")
+    signal.signal(signal.SIGINT, before)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130
