@@ -72,12 +72,12 @@ class LogSumExp(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, q, blocks):
-        top, total, mean = torch.full_like(q[:, :1], -math.inf), 0, 0
+        top, total, mean = torch.full_like(q[:, :1], -math.inf), 0, 0  # of logits (N, 1), of p (N, 1), of p k (N, D)
         for keys in blocks:
             logits = q @ keys.T  # (N, M)
             top, last = torch.maximum(top, logits.amax(1, keepdim=True)), top
-            p, shrink = logits.sub_(top).exp_(), (last - top).exp_()
-            total, mean = total * shrink + p.sum(1, keepdim=True), mean * shrink + p @ keys  # (N, 1), (N, D)
+            p, shrink = logits.sub_(top).exp_(), (last - top).exp_()  # (N, M), (N, 1)
+            total, mean = total * shrink + p.sum(1, keepdim=True), mean * shrink + p @ keys
         ctx.save_for_backward(mean / total)
         return (top + total.log_())[:, 0]
 
@@ -95,9 +95,9 @@ def moco_loss(f, f_ema, queue, temperature, perm=None, lam=None):
     key and the queue, so that x_j's key is none of x_i's; all N keys of the batch beside the queue make labels mixable.
     """
     with torch.autocast(f.device.type, enabled=False):  # float32 logits: bf16 would round s / tau away
-        f = F.normalize(f.float(), dim=1) / temperature  # (N, D)
+        f = F.normalize(f.float(), dim=1) / temperature  # so that f_i . k = s(f_i, k) / tau  (N, D)
         f_ema = F.normalize(f_ema.detach().float(), dim=1)  # (N, D)
-        log_z = LogSumExp.apply(f, [f_ema, *queue.split(4096)])  # of s(f_i, f~EMA_n) / tau and s(f_i, mu_k) / tau  (N,)
+        log_z = LogSumExp.apply(f, [f_ema, *queue.split(4096)])  # log of the denominator, over f~EMA_n, mu_k  (N,)
         loss_i = log_z - (f * f_ema).sum(1)  # l(x_i, v_i), the key of the own view being the class  (N,)
         if perm is None:
             return loss_i.mean()
