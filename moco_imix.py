@@ -65,21 +65,18 @@ def cutmix(x, alpha):
 
 # ------------------------------------------------------------------------------------------------- loss (Section 3.2)
 class LogSumExp(torch.autograd.Function):
-    """log sum_k exp(q_i . k) over the keys k in blocks (M, D); q: (N, D) -> (N,). Gradient flows into q alone.
+    """log sum_k exp(q_i . k) over the keys k (M, D); q: (N, D) -> (N,). Gradient flows into q alone.
 
-    The gradient is the softmax's mean key, found in the same pass, block by block with a running maximum (Milakov and
-    Gimelshein, 2018, arXiv:1805.02867): a block's logits stay in the cache, and none is kept for the backward pass.
+    The gradient is the softmax's mean key: found in the forward pass, it leaves no (N, M) logits to keep or go through.
     """
     @staticmethod
-    def forward(ctx, q, blocks):
-        top, total, mean = torch.full_like(q[:, :1], -math.inf), 0, 0  # of logits (N, 1), of p (N, 1), of p k (N, D)
-        for keys in blocks:
-            logits = q @ keys.T  # (N, M)
-            top, last = torch.maximum(top, logits.amax(1, keepdim=True)), top
-            p, shrink = logits.sub_(top).exp_(), (last - top).exp_()  # (N, M), (N, 1)
-            total, mean = total * shrink + p.sum(1, keepdim=True), mean * shrink + p @ keys
-        ctx.save_for_backward(mean / total)
-        return (top + total.log_())[:, 0]
+    def forward(ctx, q, keys):
+        logits = q @ keys.T  # (N, M)
+        top = logits.amax(1, keepdim=True)  # (N, 1)
+        p = logits.sub_(top).exp_()  # without overflow  (N, M)
+        total = p.sum(1, keepdim=True)  # (N, 1)
+        ctx.save_for_backward(p @ keys / total)  # (N, D)
+        return (top + total.log())[:, 0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -97,7 +94,7 @@ def moco_loss(f, f_ema, queue, temperature, perm=None, lam=None):
     with torch.autocast(f.device.type, enabled=False):  # float32 logits: bf16 would round s / tau away
         f = F.normalize(f.float(), dim=1) / temperature  # so that f_i . k = s(f_i, k) / tau  (N, D)
         f_ema = F.normalize(f_ema.detach().float(), dim=1)  # (N, D)
-        log_z = LogSumExp.apply(f, [f_ema, *queue.split(4096)])  # log of the denominator, over f~EMA_n, mu_k  (N,)
+        log_z = LogSumExp.apply(f, torch.cat([f_ema, queue]))  # log of the denominator, over f~EMA_n, mu_k  (N,)
         loss_i = log_z - (f * f_ema).sum(1)  # l(x_i, v_i), the key of the own view being the class  (N,)
         if perm is None:
             return loss_i.mean()
