@@ -257,14 +257,15 @@ def load_images(dataset, data_dir, device, *, image_size=32, train_size=None):
     else:
         x_train, y_train, x_test, y_test = read_image_folder(Path(dataset), image_size)
     x_train, y_train = subset(x_train, y_train, train_size)
-    x_train, y_train, x_test, y_test = (torch.as_tensor(a, device=device) for a in (x_train, y_train, x_test, y_test))
+    x_train = torch.as_tensor(x_train)
     if dataset in CIFAR:
-        mean, std = (torch.tensor(values, device=device) for values in CIFAR[dataset][4:])
-    else:
+        mean, std = map(torch.tensor, CIFAR[dataset][4:])
+    else:  # in float64, which not every device has
         mean = torch.stack([x_train[:, c].double().mean() / 255 for c in range(x_train.shape[1])]).float()
         std = torch.stack([x_train[:, c].double().std() / 255 for c in range(x_train.shape[1])]).float()
         std[std == 0] = 1  # a channel without content
-    mean, std = mean[:, None, None], std[:, None, None]  # (C, 1, 1)
+    mean, std = mean[:, None, None].to(device), std[:, None, None].to(device)  # (C, 1, 1)
+    x_train, y_train, x_test, y_test = (torch.as_tensor(a, device=device) for a in (x_train, y_train, x_test, y_test))
     num_classes = int(max(y_train.max(), y_test.max())) + 1
     return Dataset(x_train, y_train, x_test, y_test, num_classes, lambda x: (image_view(x / 255) - mean) / std,
                    lambda x: (x / 255 - mean) / std, lambda x: (padded_crop(x / 255) - mean) / std)
