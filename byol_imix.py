@@ -315,7 +315,7 @@ def parse_args(argv):
     add("--batch-size", type=number(int, 2, 1e6), help="N; recipe: 256, of tables 512")
     add("--lr", type=positive, default=0.125, help="learning rate per 256 examples")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="of SGD")
-    add("--warmup-epochs", type=number(int, 0, 1e6), help="10; to 500 epochs 5, not of tables; at most a quarter")
+    add("--warmup-epochs", type=number(int, 0, 1e6), help="5 up to 500 epochs, else 10; tables 10; at most a quarter")
     add("--schedule", choices=["cosine", "step"], help="of the learning rate; recipe: cosine, of speech step")
     add("--dim", type=count, default=128, help="D, the embedding's size")
     add("--arch", choices=["resnet18", "resnet34", "resnet50"], default="resnet50", help="images, speech: the encoder")
@@ -417,7 +417,7 @@ def main(argv=None):
                  epochs=args.epochs, lr=args.lr * args.batch_size / 256, weight_decay=args.weight_decay,
                  warmup_epochs=args.warmup_epochs, amp=amp, compile=args.compile, state=state, after_epoch=after_epoch)
     except FloatingPointError as error:
-        fail(f"{error}; the last good checkpoint stays in {out}: a lower --lr may help, in another run with --out", 1)
+        fail(f"{error}; the last good checkpoint, if any, stays in {out}: try a lower --lr, with another --out", 1)
     except torch.OutOfMemoryError:
         fail(f"out of memory on {device}: a smaller --batch-size or encoder may fit, in another run with --out", 1)
     save({name: tensor.cpu() for name, tensor in encoder.state_dict().items()}, out / "encoder.pt")

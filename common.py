@@ -712,8 +712,8 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0):
 
     SGD with momentum 0.9, no weight decay, lr per 256 examples, x 0.2 after 80, 90 and 95 % of the epochs; weights
     from N(0, 0.01^2). BatchNorm is in eval mode, everything in float32. The training features are cached; where they
-    are of random views (images), they are drawn five times, each for a fifth of the epochs, and train_accuracy is of
-    the last. Afterwards the encoder, its modes and the random number generators are as before. Returns
+    are of random views (images), they are drawn up to five times, each for a fifth of the epochs, and train_accuracy is
+    of the last. Afterwards the encoder, its modes and the random number generators are as before. Returns
     {"test_accuracy", "train_accuracy" (both in [0, 1]), "protocol", "seconds"}.
     """
     start, device = time.monotonic(), data.x_train.device

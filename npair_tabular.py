@@ -226,7 +226,7 @@ def parse_args(argv):
     add("--label-column", metavar="NAME", help="CSV: the column that holds the labels")
     add("--test-share", type=number(float, 1e-12, 1), default=0.2, help="CSV: of the rows")
     add("--standardize", choices=["train", "all"], default="train", help="by which rows' mean and standard deviation")
-    add("--data-dir", type=Path, default="data", help="where covtype lies")
+    add("--data-dir", type=Path, default="data", help="where covtype lies, or is downloaded to")
     add("--mask", type=number(float, 0, 1), default=0.2, help="chance that a view zeroes a number")
     add("--no-augment", action="store_true", help="both views are the plain input")
     add("--alpha", type=number(float, 0, 1e6), default=2.0, help="of Beta(alpha, alpha); 0: no i-Mix")
@@ -235,13 +235,13 @@ def parse_args(argv):
     add("--lr", type=positive, default=0.125, help="learning rate per 256 examples")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="of SGD")
     add("--temperature", type=positive, default=0.1, help="tau")
-    add("--warmup-epochs", type=number(int, 0, 1e6), help="10, or a quarter of --epochs if that is less, unless given")
+    add("--warmup-epochs", type=number(int, 0, 1e6), help="10; at most a quarter of --epochs")
     add("--dim", type=count, default=128, help="D, the embedding's size")
     add("--width", type=count, default=64, help="w of the encoder, whose representations are 32 w long")
     add("--device", type=pick_device, default="auto", help="auto (CUDA, else the CPU), cpu, cuda:1, mps")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 or fp16 on CUDA, else off")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--seed", type=number(int, 0, 1e6), default=0, help="of all that is random but a CSV's split")
+    add("--seed", type=number(int, 0, 1e6), default=0, help="of all that is random but the data's split")
     add("--out", type=Path, help="run folder: runs/npair_tabular-DATASET-alphaA-seedS unless given")
     add("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
     add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between linear evaluations; 0: at the end")
@@ -311,7 +311,7 @@ def main(argv=None):
                  temperature=args.temperature, warmup_epochs=args.warmup_epochs, amp=amp, compile=args.compile,
                  state=state, after_epoch=after_epoch)
     except FloatingPointError as error:
-        fail(f"{error}; the last good checkpoint stays in {out}: a lower --lr may help, in another run with --out", 1)
+        fail(f"{error}; the last good checkpoint, if any, stays in {out}: try a lower --lr, with another --out", 1)
     except torch.OutOfMemoryError:
         fail(f"out of memory on {device}: a smaller --batch-size or encoder may fit, in another run with --out", 1)
     save({name: tensor.cpu() for name, tensor in encoder.state_dict().items()}, out / "encoder.pt")

@@ -2,6 +2,7 @@
 """byol_imix.py's own parts: the loss, the predictor, and what keeps BYOL and SimSiam from collapsing."""
 
 import io
+import shutil
 
 import pytest
 import torch
@@ -85,6 +86,16 @@ def test_state_goes_on_bit_for_bit(options):
     log_again = byol.pretrain(again, *rest, Views(), state=states[2], **options)
     assert [row["loss"] for row in log] == [row["loss"] for row in log_again]
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
+def test_compiled_networks_train_alike():
+    logs = []
+    for compile in (False, True):
+        nets = [net.double() for net in networks()]
+        loader = [(x.double(), x_tilde.double()) for x, x_tilde in Views()]  # in float32, rounding sets two runs apart
+        logs.append(byol.pretrain(*nets, loader, epochs=2, lr=0.1, symmetric=True, compile=compile))
+    assert [row["loss"] for row in logs[0]] == pytest.approx([row["loss"] for row in logs[1]], rel=1e-5)
 
 
 def spread(model, x):

@@ -2,6 +2,7 @@
 """moco_imix.py's own parts: the loss, the queue, the EMA encoder."""
 
 import io
+import shutil
 
 import pytest
 import torch
@@ -153,3 +154,13 @@ def test_state_goes_on_bit_for_bit():
 def test_pretrain_learns(options):
     log = moco.pretrain(*networks(), Views(), epochs=30, lr=0.1, temperature=0.2, m=0.9, queue_size=64, **options)
     assert log[-1]["loss"] < log[0]["loss"] - 0.3
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
+def test_compiled_networks_train_alike():
+    logs = []
+    for compile in (False, True):
+        encoder, head = networks()
+        loader = [(x.double(), x_tilde.double()) for x, x_tilde in Views()]  # in float32, rounding sets two runs apart
+        logs.append(moco.pretrain(encoder.double(), head.double(), loader, epochs=2, lr=0.1, queue_size=20, compile=compile))
+    assert [row["loss"] for row in logs[0]] == pytest.approx([row["loss"] for row in logs[1]], rel=1e-5)

@@ -351,8 +351,8 @@ def test_out_of_memory_is_one_line(capsys, monkeypatch, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(npair_tabular, "cosine_schedule", lambda step, *_: 1e30 if step >= 30 else 0.1)  # in epoch 3 of 11 steps
     error = ends(capsys, [*SMALL, "--epochs", 5, "--out", tmp_path], code=1)
-    assert error == (f"the loss is no longer finite in epoch 3; the last good checkpoint stays in {tmp_path}: a lower --lr "
-                     "may help, in another run with --out")
+    assert error == (f"the loss is no longer finite in epoch 3; the last good checkpoint, if any, stays in {tmp_path}: try "
+                     "a lower --lr, with another --out")
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert 1 <= len(state["log"]) <= 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
     assert len(log_without_rate(tmp_path)) == 3 and not (tmp_path / "result.json").exists()
