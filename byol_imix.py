@@ -56,9 +56,9 @@ def cutmix(x, alpha):
     perm = torch.randperm(len(x), device=x.device)  # j = perm[i]  (N,)
     inside = []
     for length in x.shape[2:]:
-        pixel, middle = torch.arange(length, device=x.device), torch.randint(length, (1,), device=x.device)
-        low = middle - (side * length).long() // 2
-        inside.append((pixel >= low) & (pixel < low + (side * length).long()))  # cut off at the border  (H,), (W,)
+        cut, middle = (side * length).long(), torch.randint(length, (1,), device=x.device)
+        offset = torch.arange(length, device=x.device) - (middle - cut // 2)  # from the box's edge
+        inside.append((offset >= 0) & (offset < cut))  # cut off at the border  (H,), (W,)
     box = inside[0][:, None] & inside[1]  # where M is 0  (H, W)
     lam = (1 - box.float().mean()).expand(len(x))
     return torch.where(box, x[perm], x), perm, lam  # M * x_i + (1 - M) * x_j
@@ -71,12 +71,12 @@ def byol_loss(g, f_ema, perm=None, lam=None):
     g: (N, D) raw predictions for the (mixed) anchors. f_ema: (N, D) raw embeddings of their other views, by the EMA
     encoder, without gradient: normalised, the columns of F~.
     """
-    with torch.autocast(g.device.type, enabled=False):
+    with torch.autocast(g.device.type, enabled=False):  # in float32
         g = F.normalize(g.float(), dim=1)  # (N, D)
         f_ema = F.normalize(f_ema.detach().float(), dim=1)  # (N, D)
-        similarity = (g * f_ema).sum(dim=1)  # <g_i, f~_i>  (N,)
+        similarity = (g * f_ema).sum(1)  # <g_i, f~_i>  (N,)
         if perm is not None:
-            similarity = lam * similarity + (1 - lam) * (g * f_ema[perm]).sum(dim=1)  # <g_i, F~ v>  (N,)
+            similarity = lam * similarity + (1 - lam) * (g * f_ema[perm]).sum(1)  # <g_i, F~ v>  (N,)
         # |g - F~ v|^2 = 1 + |F~ v|^2 - 2 <g, F~ v>, and |F~ v| is 1 but for a mixed label; that term carries no
         # gradient, and 1 stands in for it, as in the published code.
         return (2 - 2 * similarity).mean()
@@ -115,7 +115,10 @@ def resnet(arch, channels, size):
 
 
 def projection_head(size, dim):
-    """The recipe's projection head, dropped after pre-training, and BYOL's predictor: (N, size) -> (N, dim)."""
+    """The recipe's projection head, dropped after pre-training, and BYOL's predictor: (N, size) -> (N, dim).
+
+    MoCo and BYOL leave the last BatchNorm out on images and speech: projection_head(size, dim)[:-1].
+    """
     return nn.Sequential(nn.Linear(size, size), nn.BatchNorm1d(size), nn.ReLU(inplace=True),
                          nn.Linear(size, dim), nn.BatchNorm1d(dim))
 
@@ -144,7 +147,7 @@ def show(epoch, epochs, loss, lr, rate, left, end="\n"):
 
 @torch.no_grad()
 def update_ema(ema, model, m):
-    """theta_EMA <- m theta_EMA + (1 - m) theta, in place, in one fused call.
+    """theta_EMA <- m theta_EMA + (1 - m) theta, in place, in one call for all parameters.
 
     BatchNorm's running statistics are not averaged: as in MoCo, the EMA encoder keeps those of what it has seen.
     """
@@ -158,15 +161,16 @@ def pretrain(encoder, head, predictor, loader, *, alpha=1.0, mix=mixup, m=0.999,
 
     loader: any iterable with a len() that yields (x, x_tilde), two float views (N, ...) of one batch. alpha: of
     Beta(alpha, alpha); 0 is BYOL alone. mix: mixup or cutmix. m: of the EMA; 0 takes the target from the online
-    network, without gradient: with symmetric, SimSiam. symmetric: both views are anchors in turn. lr: at this batch
-    size, 0.125 N/256 in the recipe. schedule: cosine_schedule or step_schedule. amp: None, torch.bfloat16 or
-    torch.float16. after_epoch(log, get_state) is called after each epoch; what get_state() returned in an earlier run
-    is the state to go on from. Raises FloatingPointError once the loss is no longer finite.
+    network, without gradient: with symmetric, SimSiam. symmetric: both views are anchors in turn, and the loss is the
+    mean of both (BYOL's paper has their sum, the recipe one view alone). lr: at this batch size, 0.125 N/256 in the
+    recipe. schedule: cosine_schedule or step_schedule. amp: None, torch.bfloat16 or torch.float16. after_epoch(log,
+    get_state) is called after each epoch; what get_state() returned in an earlier run, saved there and then, is the
+    state to go on from. Raises FloatingPointError once the loss is no longer finite.
     """
     model, device = nn.Sequential(encoder, head), next(encoder.parameters()).device
-    model.to(memory_format=torch.channels_last)
-    ema = copy.deepcopy(model.train()).requires_grad_(False)
-    model.append(predictor)
+    model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
+    ema = copy.deepcopy(model.train()).requires_grad_(False)  # in train mode for good: BatchNorm of the batch
+    model.append(predictor)  # from here on g(f(x)): the EMA has no predictor
     forward, forward_ema = (torch.compile(net) if compile else net for net in (model, ema))
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=weight_decay, fused=True)
     for p in model.parameters():  # else fused SGD leaves them uninitialised where fp16 overflows in the first step
@@ -179,7 +183,7 @@ def pretrain(encoder, head, predictor, loader, *, alpha=1.0, mix=mixup, m=0.999,
                 part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["rng_cuda"][: torch.cuda.device_count()])
-    log, steps, last_loss = state["log"] if state else [], len(loader), "-"
+    log, steps, last_loss = list(state["log"]) if state else [], len(loader), "-"
 
     def get_state():
         rng = {"rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
@@ -193,21 +197,21 @@ def pretrain(encoder, head, predictor, loader, *, alpha=1.0, mix=mixup, m=0.999,
             x, x_tilde = x.to(device, non_blocking=True), x_tilde.to(device, non_blocking=True)  # (N, ...) each
             step = (epoch - 1) * steps + i
             optimizer.param_groups[0]["lr"] = lr_now = lr * schedule(step, epochs * steps, warmup_epochs * steps)
-            loss = 0
-            for anchor, other in ((x, x_tilde), (x_tilde, x)) if symmetric else ((x, x_tilde),):
+            loss, pairs = 0, [(x, x_tilde), (x_tilde, x)] if symmetric else [(x, x_tilde)]
+            for anchor, other in pairs:
                 anchor, *mixed = mix(anchor, alpha) if alpha > 0 else (anchor,)  # only the anchors are mixed
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     g = forward(anchor)  # g(f_i)  (N, D)
                     with torch.no_grad():
                         f_ema = forward_ema(other)  # (N, D)
-                loss = loss + byol_loss(g, f_ema, *mixed) / (1 + symmetric)
+                loss = loss + byol_loss(g, f_ema, *mixed) / len(pairs)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             update_ema(ema, model[:2], m)
             total += loss.detach()
-            if sys.stdout.isatty() and (now := time.monotonic()) - shown > 1:  # not this loss: no wait
+            if sys.stdout.isatty() and (now := time.monotonic()) - shown > 1:  # and no wait for this step's loss
                 shown, rate = now, (i + 1) * len(x) / (now - start)
                 show(epoch, epochs, last_loss, lr_now, rate, (epochs * steps - step - 1) * len(x), end="")
         mean_loss = float(total) / steps  # waits for the device, once an epoch
@@ -251,7 +255,8 @@ def pick_device(text):
 def autocast_dtype(amp, device):
     """What --amp stands for on this device: torch.bfloat16, torch.float16 (with a GradScaler), or None for float32."""
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        with torch.cuda.device(device):
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
@@ -271,11 +276,10 @@ def load_checkpoint(path, flags):
         state = torch.load(path, map_location="cpu", weights_only=True)
         other = [flag for flag in flags | state["flags"] if state["flags"][flag] != flags[flag]]
     except Exception:  # a damaged file makes torch.load raise almost anything
-        fail(f"{path} is cut short or not this script's checkpoint; it is left as it is: move it away to start anew")
+        fail(f"{path} can't be read as this script's checkpoint; it is left as it is: move it away to start anew")
     if other:
-        flag, made_with = other[0], state["flags"][other[0]]
-        fail(f"--{flag.replace('_', '-')} {flags[flag]} contradicts {path}, made with {made_with}: go on with the same "
-             "flags, or start another run with --out")
+        fail(f"--{other[0].replace('_', '-')} {flags[other[0]]} contradicts {path}, made with "
+             f"{state['flags'][other[0]]}: go on with the same flags, or start another run with --out")
     return state
 
 
@@ -326,7 +330,7 @@ def parse_args(argv):
     add("--seed", type=number(int, 0, 1e6), default=0, help="of all that is random but the data's split")
     add("--out", type=Path, help="run folder: runs/byol_imix-DATASET-alphaA-seedS unless given")
     add("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
-    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between linear evaluations; 0: at the end")
+    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between evaluations; 0: only at the end")
     add("--linear-epochs", type=count, default=100, help="of the linear evaluation")
     args = parser.parse_args(argv)
     table = is_table(args.dataset)
@@ -354,27 +358,26 @@ def main(argv=None):
     import common
     free = "data_dir device compile out resume eval_every linear_epochs".split()  # these may change on --resume
     flags = {flag: value for flag, value in vars(args).items() if flag not in free}
-    out, checkpoint, device, table = args.out, args.out / "checkpoint.pt", args.device, is_table(args.dataset)
+    out, checkpoint, device = args.out, args.out / "checkpoint.pt", args.device
+    source, table = (args.dataset, args.data_dir, device), is_table(args.dataset)
     if not args.resume and (os.path.exists(out / "config.json") or os.path.exists(checkpoint)):
         fail(f"{out} already holds a run: go on with it with --resume, or choose another folder with --out")
     state = load_checkpoint(checkpoint, flags) if os.path.exists(checkpoint) else None
     try:
         if table:
-            data = common.load_table(args.dataset, args.data_dir, device, mask=args.mask, standardize=args.standardize,
+            data = common.load_table(*source, mask=args.mask, standardize=args.standardize,
                                      label_column=args.label_column, test_share=args.test_share)
         elif is_speech(args.dataset):
-            data = common.load_speech(args.dataset, args.data_dir, device, version=args.speech_version,
-                                      train_size=args.train_size)
+            data = common.load_speech(*source, version=args.speech_version, train_size=args.train_size)
         else:
-            data = common.load_images(args.dataset, args.data_dir, device, image_size=args.image_size,
-                                      train_size=args.train_size)
+            data = common.load_images(*source, image_size=args.image_size, train_size=args.train_size)
     except common.DataError as error:
         fail(error)
     if args.batch_size > len(data.x_train):
         fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training examples of {args.dataset}")
     shape = list(data.x_train.shape)
     if state and state["shape"] != shape:
-        fail(f"{args.dataset} has changed since {checkpoint} was made: training data {shape}, then {state['shape']}")
+        fail(f"{args.dataset} has changed since {checkpoint} was made: training data {state['shape']}, now {shape}")
     git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -396,16 +399,16 @@ def main(argv=None):
     print(f"{args.dataset}: {len(data.x_train):,} examples to train on, {len(data.x_test):,} to test, "
           f"{data.num_classes} classes; {device}, autocast {amp or 'off'}, TF32 off; {out}", flush=True)
     view = data.plain if args.no_augment else data.view
-    saved, cost = -math.inf, 0.0  # when the last checkpoint was written, and how long that took
+    due = 0.0  # when the next checkpoint is to be written
 
     def after_epoch(log, get_state):
-        nonlocal saved, cost
+        nonlocal due
         with open(out / "log.csv", "a") as file:
             print(*log[-1].values(), sep=",", file=file)
         start = time.monotonic()
-        if start - saved > 100 * cost or len(log) == args.epochs:  # checkpoints take at most 1 % of the time
+        if start > due or len(log) == args.epochs:
             save(get_state() | {"flags": flags, "shape": shape}, checkpoint)
-            saved, cost = time.monotonic(), time.monotonic() - start
+            due = time.monotonic() + 100 * (time.monotonic() - start)  # so that they take at most 1 % of the time
         if args.eval_every and len(log) % args.eval_every == 0 and len(log) < args.epochs:
             result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
             print(f"epoch {len(log)}: test accuracy {result['test_accuracy']:.4f}")
@@ -413,8 +416,8 @@ def main(argv=None):
     try:
         pretrain(encoder, head, predictor, common.TwoViews(data.x_train, view, args.batch_size), alpha=args.alpha,
                  mix=cutmix if args.mix == "cutmix" else mixup, m=args.ema, symmetric=args.symmetric,
-                 schedule=step_schedule if args.schedule == "step" else cosine_schedule,
-                 epochs=args.epochs, lr=args.lr * args.batch_size / 256, weight_decay=args.weight_decay,
+                 schedule=step_schedule if args.schedule == "step" else cosine_schedule, epochs=args.epochs,
+                 lr=args.lr * args.batch_size / 256, weight_decay=args.weight_decay,
                  warmup_epochs=args.warmup_epochs, amp=amp, compile=args.compile, state=state, after_epoch=after_epoch)
     except FloatingPointError as error:
         fail(f"{error}; the last good checkpoint, if any, stays in {out}: try a lower --lr, with another --out", 1)

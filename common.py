@@ -48,9 +48,8 @@ class Dataset:
 
     x_train, x_test: raw examples: rows (n, columns) float32, images (n, C, H, W) uint8, or clips (n, samples) int16.
     y_train, y_test: (n,) int64 class indices. view: raw batch -> one random float32 view of it. plain: raw batch -> the
-    float32 input.
-    eval_view: raw batch -> the view of the training examples in the linear evaluation, where that is not plain.
-    groups: tables only, the number of columns in each column group, in column order.
+    float32 input. eval_view: raw batch -> the view of the training examples in the linear evaluation, where that is not
+    plain. groups: tables only, the number of columns in each column group, in column order.
     """
 
     x_train: torch.Tensor
@@ -107,8 +106,7 @@ def load_table(dataset, data_dir, device, *, mask=0.2, standardize="train", labe
 
     mask: the probability that a view zeroes a continuous value (after standardising, zero is its mean).
     standardize: whose mean and standard deviation count, the 'train' rows' or 'all' rows'.
-    label_column, test_share: how to read a CSV file. Raises DataError on data
-    that is missing or can't be used.
+    label_column, test_share: how to read a CSV file. Raises DataError on data that is missing or can't be used.
     """
     if dataset == "covtype":
         table = read_covtype(Path(data_dir))
@@ -143,6 +141,7 @@ def read_covtype(data_dir):
     """
     names = ("covtype.data.gz", "covtype.data", "covtype.csv", "covtype.csv.gz")
     path = next((data_dir / name for name in names if os.path.exists(data_dir / name)), None)
+    remedy = "move it away, then " * bool(path) + "run `make covtype`, or put UCI's covtype.data.gz there"
     try:
         if path is None:
             with warnings.catch_warnings(action="ignore"):  # of each try to download
@@ -150,16 +149,16 @@ def read_covtype(data_dir):
             rows = np.column_stack([x, y])
         else:
             first = pd.read_csv(path, header=None, nrows=1, dtype=str).iat[0, 0]
-            rows = pd.read_csv(path, header=None if first.isdigit() else 0, dtype=np.float64).to_numpy(copy=True)
+            rows = pd.read_csv(path, header=None if first[0].isdigit() else 0, dtype=np.float64).to_numpy(copy=True)
     except Exception as error:  # no network, a file cut short, text in it: whatever the reason, the remedy is the same
         what = f"{path} can't be read" if path else f"CovType is not in {data_dir} and could not be downloaded"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{what} ({reason}): run `make covtype`, or put UCI's covtype.data.gz there") from None
+        raise DataError(f"{what} ({reason}): {remedy}") from None
     counts = [(rows[:COVTYPE_TRAIN, -1] == label).sum() for label in range(1, 8)]
     if rows.shape != (COVTYPE_TRAIN + COVTYPE_TEST, 55) or counts != [COVTYPE_TRAIN // 7] * 7:
         raise DataError(f"{path or data_dir} is not UCI's CovType in its original order, which has 581,012 rows of 55 "
                         f"columns, each class alike often in the first 15,120, but {rows.shape[0]:,} rows of "
-                        f"{rows.shape[1]}: run `make covtype`, or put UCI's covtype.data.gz there")
+                        f"{rows.shape[1]}: {remedy}")
     x, y = rows[:, :54], rows[:, 54].astype(np.int64) - 1
     return x[:COVTYPE_TRAIN], y[:COVTYPE_TRAIN], x[COVTYPE_TRAIN:], y[COVTYPE_TRAIN:], [10, 4, 40], 10
 
@@ -261,8 +260,8 @@ def load_images(dataset, data_dir, device, *, image_size=32, train_size=None):
     if dataset in CIFAR:
         mean, std = map(torch.tensor, CIFAR[dataset][4:])
     else:  # in float64, which not every device has
-        mean = torch.stack([x_train[:, c].double().mean() / 255 for c in range(x_train.shape[1])]).float()
-        std = torch.stack([x_train[:, c].double().std() / 255 for c in range(x_train.shape[1])]).float()
+        mean = torch.stack([channel.double().mean() / 255 for channel in x_train.unbind(1)]).float()
+        std = torch.stack([channel.double().std() / 255 for channel in x_train.unbind(1)]).float()
         std[std == 0] = 1  # a channel without content
     mean, std = mean[:, None, None].to(device), std[:, None, None].to(device)  # (C, 1, 1)
     x_train, y_train, x_test, y_test = (torch.as_tensor(a, device=device) for a in (x_train, y_train, x_test, y_test))
@@ -273,7 +272,7 @@ def load_images(dataset, data_dir, device, *, image_size=32, train_size=None):
 
 def read_cifar(name, data_dir):
     """CIFAR as uint8 images (n, 3, 32, 32) and labels: the binary distribution in data_dir, else torchvision's."""
-    folder, train, test, label_bytes, *_ = CIFAR[name]
+    folder, train_files, test_file, label_bytes, *_ = CIFAR[name]
     remedy = f"put {folder}/ there, or take another --dataset (digits, or a folder of images)"
     if not os.path.exists(data_dir / folder):
         try:
@@ -292,13 +291,12 @@ def read_cifar(name, data_dir):
             except OSError as error:
                 raise DataError(f"{path} can't be read ({error.strerror}): {remedy}") from None
             if len(raw) == 0 or len(raw) % (label_bytes + 3072):
-                raise DataError(f"{path} is cut short: {len(raw):,} bytes are no multiple of {label_bytes + 3072}: "
-                                f"{remedy}")
+                raise DataError(f"{path} is cut short: {len(raw):,} bytes, {label_bytes + 3072:,} an image: {remedy}")
             records.append(raw.reshape(-1, label_bytes + 3072))
         records = np.concatenate(records)
         return records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1].astype(np.int64)
 
-    return *read(train), *read([test])
+    return *read(train_files), *read([test_file])
 
 
 def read_image_folder(path, size):
@@ -429,7 +427,8 @@ def color_jitter(x, factors, shift, order):
 
 def blend(x, factors, part, active):
     """Brightness, contrast or saturation, whichever part (N,) says; an image that is not active (N,) stays as it is."""
-    factor = torch.where(active, factors.gather(1, part.clamp(max=2)[:, None]).squeeze(1), 1.0)[:, None, None, None]
+    factor = factors.gather(1, part.clamp(max=2)[:, None]).squeeze(1)  # hue, 3, is never active
+    factor = torch.where(active, factor, 1.0)[:, None, None, None]
     gray = grayscale(x)  # (N, 1, H, W)
     contrast, saturation = ((part == k).float()[:, None, None, None] for k in (1, 2))
     other = contrast * gray.mean(dim=(1, 2, 3), keepdim=True) + saturation * gray
@@ -546,8 +545,8 @@ def keep_existing(names, path):
 def list_words(folder):
     """A folder's training and test files, WORD/NAME.wav, by its lists, which are as those of Speech Commands.
 
-    Without a testing_list.txt a stratified fifth is the test. What a list names and is not there is left out, with a
-    note.
+    Where testing_list.txt names no clip a stratified fifth is the test. What a list names and is not there is left out,
+    with a note.
     """
     files = [file for file in sorted(glob.glob(f"*/{WAV}", root_dir=folder)) if not file.startswith(NOISE)]
 
@@ -578,16 +577,14 @@ def cached_clips(folder, files):
     except OSError as error:
         raise DataError(f"{error.filename} can't be read ({error.strerror}): mend or remove it") from None
     made_from = np.array([os.fsencode(f"{file} {stat.st_size} {stat.st_mtime_ns}") for file, stat in zip(files, stats)])
-    try:
+    with contextlib.suppress(Exception):  # there is none, or not such a file: it is made anew
         records = np.load(path, mmap_mode="r")
         if np.array_equal(records["made_from"], made_from):
             return records["clip"]
-    except Exception:  # none, or not such a file: it is made anew
-        pass
     kind = np.dtype([("made_from", made_from.dtype), ("clip", "<i2", RATE)])
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(part, "wb") as out:
+        with open(part, "wb") as out:  # not open_memmap, which a full disk ends with SIGBUS
             header = {"descr": kind.descr, "fortran_order": False, "shape": (len(files),)}
             np.lib.format.write_array_header_1_0(out, header)
             for i, file in enumerate(files):
@@ -639,10 +636,10 @@ def read_wav(path):
 def speech_view(x, noise):
     """A random view of each clip (the recipe's): (N, 16000) in [-1, 1) -> log-mel spectrograms (N, 1, 32, 32) in dB.
 
-    Each with probability 0.5: amplitude times 0.7 to 1.1; speed and pitch changed by up to 20 %; time stretched by up
-    to 20 %; a shift by up to 8 frames; a share of up to 0.45 of noise, the STFT of clips of background noise (M, 32,
-    1025). A phase vocoder's phases are left out: the features are of magnitudes, and the phases of noise, added last,
-    are random.
+    Each with probability 0.5: amplitude times 0.7 to 1.1; speed and pitch changed so that the clip lasts up to 20 %
+    more or less; time stretched at a rate of 0.8 to 1.2; a shift by up to 8 frames; a share of up to 0.45 of noise, the
+    STFT of clips of background noise (M, 32, 1025). A phase vocoder's phases are left out: the features are of
+    magnitudes, and the phases of noise, added last, are random.
     """
     def draw(low, high, otherwise):  # (N,)
         drawn = torch.empty(len(x), device=x.device).uniform_(low, high)
@@ -713,7 +710,7 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0):
     SGD with momentum 0.9, no weight decay, lr per 256 examples, x 0.2 after 80, 90 and 95 % of the epochs; weights
     from N(0, 0.01^2). BatchNorm is in eval mode, everything in float32. The training features are cached; where they
     are of random views (images), they are drawn up to five times, each for a fifth of the epochs, and train_accuracy is
-    of the last. Afterwards the encoder, its modes and the random number generators are as before. Returns
+    of the last. Afterwards the encoder, its modes and its device's random number generator are as before. Returns
     {"test_accuracy", "train_accuracy" (both in [0, 1]), "protocol", "seconds"}.
     """
     start, device = time.monotonic(), data.x_train.device
@@ -744,7 +741,7 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0):
         batches = list(zip(data.x_test.split(512), data.y_test.split(512)))
         for i, (x, y) in enumerate(batches):
             test_correct += (classifier(encoder(data.plain(x))).argmax(1) == y).sum()
-            progress(f"linear evaluation: test rows {i / len(batches):.0%}")
+            progress(f"linear evaluation: test examples {i / len(batches):.0%}")
     progress("")
     for module, mode in zip(encoder.modules(), modes):
         module.training = mode

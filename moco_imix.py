@@ -55,9 +55,9 @@ def cutmix(x, alpha):
     perm = torch.randperm(len(x), device=x.device)  # j = perm[i]  (N,)
     inside = []
     for length in x.shape[2:]:
-        pixel, middle = torch.arange(length, device=x.device), torch.randint(length, (1,), device=x.device)
-        low = middle - (side * length).long() // 2
-        inside.append((pixel >= low) & (pixel < low + (side * length).long()))  # cut off at the border  (H,), (W,)
+        cut, middle = (side * length).long(), torch.randint(length, (1,), device=x.device)
+        offset = torch.arange(length, device=x.device) - (middle - cut // 2)  # from the box's edge
+        inside.append((offset >= 0) & (offset < cut))  # cut off at the border  (H,), (W,)
     box = inside[0][:, None] & inside[1]  # where M is 0  (H, W)
     lam = (1 - box.float().mean()).expand(len(x))
     return torch.where(box, x[perm], x), perm, lam  # M * x_i + (1 - M) * x_j
@@ -145,7 +145,10 @@ def resnet(arch, channels, size):
 
 
 def projection_head(size, dim):
-    """The recipe's projection head, dropped after pre-training, and BYOL's predictor: (N, size) -> (N, dim)."""
+    """The recipe's projection head, dropped after pre-training, and BYOL's predictor: (N, size) -> (N, dim).
+
+    MoCo and BYOL leave the last BatchNorm out on images and speech: projection_head(size, dim)[:-1].
+    """
     return nn.Sequential(nn.Linear(size, size), nn.BatchNorm1d(size), nn.ReLU(inplace=True),
                          nn.Linear(size, dim), nn.BatchNorm1d(dim))
 
@@ -174,7 +177,7 @@ def show(epoch, epochs, loss, lr, rate, left, end="\n"):
 
 @torch.no_grad()
 def update_ema(ema, model, m):
-    """theta_EMA <- m theta_EMA + (1 - m) theta, in place, in one fused call.
+    """theta_EMA <- m theta_EMA + (1 - m) theta, in place, in one call for all parameters.
 
     BatchNorm's running statistics are not averaged: as in MoCo, the EMA encoder keeps those of what it has seen.
     """
@@ -189,12 +192,12 @@ def pretrain(encoder, head, loader, *, alpha=1.0, mix=mixup, m=0.999, queue_size
     loader: any iterable with a len() that yields (x, x_tilde), two float views (N, ...) of one batch. alpha: of
     Beta(alpha, alpha); 0: the (N + K)-way loss, unmixed. mix: mixup or cutmix. m: of the EMA. queue_size: K. lr: at
     this batch size, 0.125 N/256 in the recipe. schedule: cosine_schedule or step_schedule. amp: None, torch.bfloat16 or
-    torch.float16. after_epoch(log, get_state) is called after each epoch; what get_state() returned in an earlier run
-    is the state to go on from. Raises FloatingPointError once the loss is no longer finite.
+    torch.float16. after_epoch(log, get_state) is called after each epoch; what get_state() returned in an earlier run,
+    saved there and then, is the state to go on from. Raises FloatingPointError once the loss is no longer finite.
     """
     model, device = nn.Sequential(encoder, head), next(encoder.parameters()).device
-    model.to(memory_format=torch.channels_last)
-    ema = copy.deepcopy(model.train()).requires_grad_(False)
+    model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
+    ema = copy.deepcopy(model.train()).requires_grad_(False)  # in train mode for good: BatchNorm of the batch
     D = list(head.parameters())[-1].shape[0]
     queue, pointer = F.normalize(torch.randn(queue_size, D, device=device), dim=1), 0  # mu, at first random  (K, D)
     forward, forward_ema = (torch.compile(net) if compile else net for net in (model, ema))
@@ -211,7 +214,7 @@ def pretrain(encoder, head, loader, *, alpha=1.0, mix=mixup, m=0.999, queue_size
         pointer = state["pointer"]
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["rng_cuda"][: torch.cuda.device_count()])
-    log, steps, last_loss = state["log"] if state else [], len(loader), "-"
+    log, steps, last_loss = list(state["log"]) if state else [], len(loader), "-"
 
     def get_state():
         rng = {"rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
@@ -240,7 +243,7 @@ def pretrain(encoder, head, loader, *, alpha=1.0, mix=mixup, m=0.999, queue_size
             update_ema(ema, model, m)
             pointer = enqueue(queue, f_ema, pointer)
             total += loss.detach()
-            if sys.stdout.isatty() and (now := time.monotonic()) - shown > 1:  # not this loss: no wait
+            if sys.stdout.isatty() and (now := time.monotonic()) - shown > 1:  # and no wait for this step's loss
                 shown, rate = now, (i + 1) * len(x) / (now - start)
                 show(epoch, epochs, last_loss, lr_now, rate, (epochs * steps - step - 1) * len(x), end="")
         mean_loss = float(total) / steps  # waits for the device, once an epoch
@@ -284,7 +287,8 @@ def pick_device(text):
 def autocast_dtype(amp, device):
     """What --amp stands for on this device: torch.bfloat16, torch.float16 (with a GradScaler), or None for float32."""
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        with torch.cuda.device(device):
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
@@ -304,11 +308,10 @@ def load_checkpoint(path, flags):
         state = torch.load(path, map_location="cpu", weights_only=True)
         other = [flag for flag in flags | state["flags"] if state["flags"][flag] != flags[flag]]
     except Exception:  # a damaged file makes torch.load raise almost anything
-        fail(f"{path} is cut short or not this script's checkpoint; it is left as it is: move it away to start anew")
+        fail(f"{path} can't be read as this script's checkpoint; it is left as it is: move it away to start anew")
     if other:
-        flag, made_with = other[0], state["flags"][other[0]]
-        fail(f"--{flag.replace('_', '-')} {flags[flag]} contradicts {path}, made with {made_with}: go on with the same "
-             "flags, or start another run with --out")
+        fail(f"--{other[0].replace('_', '-')} {flags[other[0]]} contradicts {path}, made with "
+             f"{state['flags'][other[0]]}: go on with the same flags, or start another run with --out")
     return state
 
 
@@ -360,7 +363,7 @@ def parse_args(argv):
     add("--seed", type=number(int, 0, 1e6), default=0, help="of all that is random but the data's split")
     add("--out", type=Path, help="run folder: runs/moco_imix-DATASET-alphaA-seedS unless given")
     add("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
-    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between linear evaluations; 0: at the end")
+    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between evaluations; 0: only at the end")
     add("--linear-epochs", type=count, default=100, help="of the linear evaluation")
     args = parser.parse_args(argv)
     table = is_table(args.dataset)
@@ -388,27 +391,26 @@ def main(argv=None):
     import common
     free = "data_dir device compile out resume eval_every linear_epochs".split()  # these may change on --resume
     flags = {flag: value for flag, value in vars(args).items() if flag not in free}
-    out, checkpoint, device, table = args.out, args.out / "checkpoint.pt", args.device, is_table(args.dataset)
+    out, checkpoint, device = args.out, args.out / "checkpoint.pt", args.device
+    source, table = (args.dataset, args.data_dir, device), is_table(args.dataset)
     if not args.resume and (os.path.exists(out / "config.json") or os.path.exists(checkpoint)):
         fail(f"{out} already holds a run: go on with it with --resume, or choose another folder with --out")
     state = load_checkpoint(checkpoint, flags) if os.path.exists(checkpoint) else None
     try:
         if table:
-            data = common.load_table(args.dataset, args.data_dir, device, mask=args.mask, standardize=args.standardize,
+            data = common.load_table(*source, mask=args.mask, standardize=args.standardize,
                                      label_column=args.label_column, test_share=args.test_share)
         elif is_speech(args.dataset):
-            data = common.load_speech(args.dataset, args.data_dir, device, version=args.speech_version,
-                                      train_size=args.train_size)
+            data = common.load_speech(*source, version=args.speech_version, train_size=args.train_size)
         else:
-            data = common.load_images(args.dataset, args.data_dir, device, image_size=args.image_size,
-                                      train_size=args.train_size)
+            data = common.load_images(*source, image_size=args.image_size, train_size=args.train_size)
     except common.DataError as error:
         fail(error)
     if args.batch_size > len(data.x_train):
         fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training examples of {args.dataset}")
     shape = list(data.x_train.shape)
     if state and state["shape"] != shape:
-        fail(f"{args.dataset} has changed since {checkpoint} was made: training data {shape}, then {state['shape']}")
+        fail(f"{args.dataset} has changed since {checkpoint} was made: training data {state['shape']}, now {shape}")
     git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -429,24 +431,24 @@ def main(argv=None):
     print(f"{args.dataset}: {len(data.x_train):,} examples to train on, {len(data.x_test):,} to test, "
           f"{data.num_classes} classes; {device}, autocast {amp or 'off'}, TF32 off; {out}", flush=True)
     view = data.plain if args.no_augment else data.view
-    saved, cost = -math.inf, 0.0  # when the last checkpoint was written, and how long that took
+    due = 0.0  # when the next checkpoint is to be written
 
     def after_epoch(log, get_state):
-        nonlocal saved, cost
+        nonlocal due
         with open(out / "log.csv", "a") as file:
             print(*log[-1].values(), sep=",", file=file)
         start = time.monotonic()
-        if start - saved > 100 * cost or len(log) == args.epochs:  # checkpoints take at most 1 % of the time
+        if start > due or len(log) == args.epochs:
             save(get_state() | {"flags": flags, "shape": shape}, checkpoint)
-            saved, cost = time.monotonic(), time.monotonic() - start
+            due = time.monotonic() + 100 * (time.monotonic() - start)  # so that they take at most 1 % of the time
         if args.eval_every and len(log) % args.eval_every == 0 and len(log) < args.epochs:
             result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
             print(f"epoch {len(log)}: test accuracy {result['test_accuracy']:.4f}")
 
     try:
         pretrain(encoder, head, common.TwoViews(data.x_train, view, args.batch_size), alpha=args.alpha,
-                 mix=cutmix if args.mix == "cutmix" else mixup, m=args.ema, queue_size=args.queue, epochs=args.epochs,
-                 schedule=step_schedule if args.schedule == "step" else cosine_schedule,
+                 mix=cutmix if args.mix == "cutmix" else mixup, m=args.ema, queue_size=args.queue,
+                 schedule=step_schedule if args.schedule == "step" else cosine_schedule, epochs=args.epochs,
                  lr=args.lr * args.batch_size / 256, weight_decay=args.weight_decay, temperature=args.temperature,
                  warmup_epochs=args.warmup_epochs, amp=amp, compile=args.compile, state=state, after_epoch=after_epoch)
     except FloatingPointError as error:

@@ -78,7 +78,10 @@ class MLP5Layer(nn.Module):
 
 
 def projection_head(size, dim):
-    """The recipe's projection head, dropped after pre-training, and BYOL's predictor: (N, size) -> (N, dim)."""
+    """The recipe's projection head, dropped after pre-training, and BYOL's predictor: (N, size) -> (N, dim).
+
+    MoCo and BYOL leave the last BatchNorm out on images and speech: projection_head(size, dim)[:-1].
+    """
     return nn.Sequential(nn.Linear(size, size), nn.BatchNorm1d(size), nn.ReLU(inplace=True),
                          nn.Linear(size, dim), nn.BatchNorm1d(dim))
 
@@ -105,7 +108,8 @@ def pretrain(encoder, head, loader, *, alpha=2.0, epochs=500, lr=0.25, weight_de
     loader: any iterable with a len() that yields (x, x_tilde), two float views (N, ...) of one batch.
     alpha: of Beta(alpha, alpha); 0 is N-pair alone. lr: at this batch size, 0.125 N/256 in the recipe. amp: None,
     torch.bfloat16 or torch.float16. after_epoch(log, get_state) is called after each epoch; what get_state() returned
-    in an earlier run is the state to go on from. Raises FloatingPointError once the loss is no longer finite.
+    in an earlier run, saved there and then, is the state to go on from. Raises FloatingPointError once the loss is no
+    longer finite.
     """
     model, device = nn.Sequential(encoder, head), next(encoder.parameters()).device
     forward = torch.compile(model) if compile else model
@@ -120,7 +124,7 @@ def pretrain(encoder, head, loader, *, alpha=2.0, epochs=500, lr=0.25, weight_de
                 part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["rng_cuda"][: torch.cuda.device_count()])
-    log, steps, last_loss = state["log"] if state else [], len(loader), "-"
+    log, steps, last_loss = list(state["log"]) if state else [], len(loader), "-"
 
     def get_state():
         rng = {"rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
@@ -134,16 +138,16 @@ def pretrain(encoder, head, loader, *, alpha=2.0, epochs=500, lr=0.25, weight_de
             x, x_tilde = x.to(device, non_blocking=True), x_tilde.to(device, non_blocking=True)  # (N, ...) each
             step = (epoch - 1) * steps + i
             optimizer.param_groups[0]["lr"] = lr_now = lr * cosine_schedule(step, epochs * steps, warmup_epochs * steps)
-            x, perm, lam = mixup(x, alpha) if alpha > 0 else (x, None, None)  # only the anchors are mixed
+            x, *mixed = mixup(x, alpha) if alpha > 0 else (x,)  # only anchors are mixed; mixed: perm, lam  (N,) each
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 f, f_tilde = forward(torch.cat([x, x_tilde])).chunk(2)  # one pass: BatchNorm sees both  (N, D) each
-            loss = n_pair_loss(f, f_tilde, temperature, perm, lam)
+            loss = n_pair_loss(f, f_tilde, temperature, *mixed)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             total += loss.detach()
-            if sys.stdout.isatty() and (now := time.monotonic()) - shown > 1:  # not this loss: no wait
+            if sys.stdout.isatty() and (now := time.monotonic()) - shown > 1:  # and no wait for this step's loss
                 shown, rate = now, (i + 1) * len(x) / (now - start)
                 show(epoch, epochs, last_loss, lr_now, rate, (epochs * steps - step - 1) * len(x), end="")
         mean_loss = float(total) / steps  # waits for the device, once an epoch
@@ -187,7 +191,8 @@ def pick_device(text):
 def autocast_dtype(amp, device):
     """What --amp stands for on this device: torch.bfloat16, torch.float16 (with a GradScaler), or None for float32."""
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        with torch.cuda.device(device):
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
@@ -207,11 +212,10 @@ def load_checkpoint(path, flags):
         state = torch.load(path, map_location="cpu", weights_only=True)
         other = [flag for flag in flags | state["flags"] if state["flags"][flag] != flags[flag]]
     except Exception:  # a damaged file makes torch.load raise almost anything
-        fail(f"{path} is cut short or not this script's checkpoint; it is left as it is: move it away to start anew")
+        fail(f"{path} can't be read as this script's checkpoint; it is left as it is: move it away to start anew")
     if other:
-        flag, made_with = other[0], state["flags"][other[0]]
-        fail(f"--{flag.replace('_', '-')} {flags[flag]} contradicts {path}, made with {made_with}: go on with the same "
-             "flags, or start another run with --out")
+        fail(f"--{other[0].replace('_', '-')} {flags[other[0]]} contradicts {path}, made with "
+             f"{state['flags'][other[0]]}: go on with the same flags, or start another run with --out")
     return state
 
 
@@ -244,7 +248,7 @@ def parse_args(argv):
     add("--seed", type=number(int, 0, 1e6), default=0, help="of all that is random but the data's split")
     add("--out", type=Path, help="run folder: runs/npair_tabular-DATASET-alphaA-seedS unless given")
     add("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
-    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between linear evaluations; 0: at the end")
+    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between evaluations; 0: only at the end")
     add("--linear-epochs", type=count, default=100, help="of the linear evaluation")
     args = parser.parse_args(argv)
     if args.warmup_epochs is None:
@@ -274,7 +278,7 @@ def main(argv=None):
         fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training rows of {args.dataset}")
     shape = list(data.x_train.shape)
     if state and state["shape"] != shape:
-        fail(f"{args.dataset} has changed since {checkpoint} was made: training data {shape}, then {state['shape']}")
+        fail(f"{args.dataset} has changed since {checkpoint} was made: training data {state['shape']}, now {shape}")
     git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -291,16 +295,16 @@ def main(argv=None):
     print(f"{args.dataset}: {len(data.x_train):,} rows to train on, {len(data.x_test):,} to test, {data.num_classes} "
           f"classes; {device}, autocast {amp or 'off'}, TF32 off; {out}", flush=True)
     view = data.plain if args.no_augment else data.view
-    saved, cost = -math.inf, 0.0  # when the last checkpoint was written, and how long that took
+    due = 0.0  # when the next checkpoint is to be written
 
     def after_epoch(log, get_state):
-        nonlocal saved, cost
+        nonlocal due
         with open(out / "log.csv", "a") as file:
             print(*log[-1].values(), sep=",", file=file)
         start = time.monotonic()
-        if start - saved > 100 * cost or len(log) == args.epochs:  # checkpoints take at most 1 % of the time
+        if start > due or len(log) == args.epochs:
             save(get_state() | {"flags": flags, "shape": shape}, checkpoint)
-            saved, cost = time.monotonic(), time.monotonic() - start
+            due = time.monotonic() + 100 * (time.monotonic() - start)  # so that they take at most 1 % of the time
         if args.eval_every and len(log) % args.eval_every == 0 and len(log) < args.epochs:
             result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
             print(f"epoch {len(log)}: test accuracy {result['test_accuracy']:.4f}")

@@ -4,7 +4,7 @@ Contrastive Representation Learning", ICLR 2021, https://arxiv.org/abs/2010.0888
 
     python simclr_imix.py                                       # CIFAR-10, N-pair + i-Mix: the paper's recipe
     python simclr_imix.py --alpha 0                             # the same without i-Mix
-    python simclr_imix.py --alpha 0 --loss nt-xent              # SimCLR as its authors have it
+    python simclr_imix.py --alpha 0 --loss nt-xent              # SimCLR's own loss
     python simclr_imix.py --arch resnet18 --epochs 200 --mix cutmix
     python simclr_imix.py --dataset speech_commands             # speech, its recipe
     python simclr_imix.py --dataset my_images --arch resnet18   # your own: train/CLASS/* and test/CLASS/*; WORD/*.wav
@@ -55,9 +55,9 @@ def cutmix(x, alpha):
     perm = torch.randperm(len(x), device=x.device)  # j = perm[i]  (N,)
     inside = []
     for length in x.shape[2:]:
-        pixel, middle = torch.arange(length, device=x.device), torch.randint(length, (1,), device=x.device)
-        low = middle - (side * length).long() // 2
-        inside.append((pixel >= low) & (pixel < low + (side * length).long()))  # cut off at the border  (H,), (W,)
+        cut, middle = (side * length).long(), torch.randint(length, (1,), device=x.device)
+        offset = torch.arange(length, device=x.device) - (middle - cut // 2)  # from the box's edge
+        inside.append((offset >= 0) & (offset < cut))  # cut off at the border  (H,), (W,)
     box = inside[0][:, None] & inside[1]  # where M is 0  (H, W)
     lam = (1 - box.float().mean()).expand(len(x))
     return torch.where(box, x[perm], x), perm, lam  # M * x_i + (1 - M) * x_j
@@ -112,7 +112,10 @@ def resnet(arch, channels, size):
 
 
 def projection_head(size, dim):
-    """The recipe's projection head, dropped after pre-training, and BYOL's predictor: (N, size) -> (N, dim)."""
+    """The recipe's projection head, dropped after pre-training, and BYOL's predictor: (N, size) -> (N, dim).
+
+    MoCo and BYOL leave the last BatchNorm out on images and speech: projection_head(size, dim)[:-1].
+    """
     return nn.Sequential(nn.Linear(size, size), nn.BatchNorm1d(size), nn.ReLU(inplace=True),
                          nn.Linear(size, dim), nn.BatchNorm1d(dim))
 
@@ -148,10 +151,11 @@ def pretrain(encoder, head, loader, *, alpha=1.0, mix=mixup, loss_function=n_pai
     Beta(alpha, alpha); 0 is the loss alone. mix: mixup or cutmix. loss_function: n_pair_loss, or with alpha 0
     nt_xent_loss. lr: at this batch size, 0.125 N/256 in the recipe. schedule: cosine_schedule or step_schedule. amp:
     None, torch.bfloat16 or torch.float16. after_epoch(log, get_state) is called after each epoch; what get_state()
-    returned in an earlier run is the state to go on from. Raises FloatingPointError once the loss is no longer finite.
+    returned in an earlier run, saved there and then, is the state to go on from. Raises FloatingPointError once the
+    loss is no longer finite.
     """
     model, device = nn.Sequential(encoder, head), next(encoder.parameters()).device
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     forward = torch.compile(model) if compile else model
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=weight_decay, fused=True)
     for p in model.parameters():  # else fused SGD leaves them uninitialised where fp16 overflows in the first step
@@ -164,7 +168,7 @@ def pretrain(encoder, head, loader, *, alpha=1.0, mix=mixup, loss_function=n_pai
                 part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["rng_cuda"][: torch.cuda.device_count()])
-    log, steps, last_loss = state["log"] if state else [], len(loader), "-"
+    log, steps, last_loss = list(state["log"]) if state else [], len(loader), "-"
 
     def get_state():
         rng = {"rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
@@ -187,7 +191,7 @@ def pretrain(encoder, head, loader, *, alpha=1.0, mix=mixup, loss_function=n_pai
             scaler.step(optimizer)
             scaler.update()
             total += loss.detach()
-            if sys.stdout.isatty() and (now := time.monotonic()) - shown > 1:  # not this loss: no wait
+            if sys.stdout.isatty() and (now := time.monotonic()) - shown > 1:  # and no wait for this step's loss
                 shown, rate = now, (i + 1) * len(x) / (now - start)
                 show(epoch, epochs, last_loss, lr_now, rate, (epochs * steps - step - 1) * len(x), end="")
         mean_loss = float(total) / steps  # waits for the device, once an epoch
@@ -231,7 +235,8 @@ def pick_device(text):
 def autocast_dtype(amp, device):
     """What --amp stands for on this device: torch.bfloat16, torch.float16 (with a GradScaler), or None for float32."""
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        with torch.cuda.device(device):
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
@@ -251,11 +256,10 @@ def load_checkpoint(path, flags):
         state = torch.load(path, map_location="cpu", weights_only=True)
         other = [flag for flag in flags | state["flags"] if state["flags"][flag] != flags[flag]]
     except Exception:  # a damaged file makes torch.load raise almost anything
-        fail(f"{path} is cut short or not this script's checkpoint; it is left as it is: move it away to start anew")
+        fail(f"{path} can't be read as this script's checkpoint; it is left as it is: move it away to start anew")
     if other:
-        flag, made_with = other[0], state["flags"][other[0]]
-        fail(f"--{flag.replace('_', '-')} {flags[flag]} contradicts {path}, made with {made_with}: go on with the same "
-             "flags, or start another run with --out")
+        fail(f"--{other[0].replace('_', '-')} {flags[other[0]]} contradicts {path}, made with "
+             f"{state['flags'][other[0]]}: go on with the same flags, or start another run with --out")
     return state
 
 
@@ -295,7 +299,7 @@ def parse_args(argv):
     add("--seed", type=number(int, 0, 1e6), default=0, help="of all that is random but the data's split")
     add("--out", type=Path, help="run folder: runs/simclr_imix-DATASET-alphaA-seedS unless given")
     add("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
-    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between linear evaluations; 0: at the end")
+    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between evaluations; 0: only at the end")
     add("--linear-epochs", type=count, default=100, help="of the linear evaluation")
     args = parser.parse_args(argv)
     recipe = {"epochs": 1000, "temperature": 0.2, "schedule": "cosine"}
@@ -320,23 +324,22 @@ def main(argv=None):
     free = "data_dir device compile out resume eval_every linear_epochs".split()  # these may change on --resume
     flags = {flag: value for flag, value in vars(args).items() if flag not in free}
     out, checkpoint, device = args.out, args.out / "checkpoint.pt", args.device
+    source = args.dataset, args.data_dir, device
     if not args.resume and (os.path.exists(out / "config.json") or os.path.exists(checkpoint)):
         fail(f"{out} already holds a run: go on with it with --resume, or choose another folder with --out")
     state = load_checkpoint(checkpoint, flags) if os.path.exists(checkpoint) else None
     try:
         if is_speech(args.dataset):
-            data = common.load_speech(args.dataset, args.data_dir, device, version=args.speech_version,
-                                      train_size=args.train_size)
+            data = common.load_speech(*source, version=args.speech_version, train_size=args.train_size)
         else:
-            data = common.load_images(args.dataset, args.data_dir, device, image_size=args.image_size,
-                                      train_size=args.train_size)
+            data = common.load_images(*source, image_size=args.image_size, train_size=args.train_size)
     except common.DataError as error:
         fail(error)
     if args.batch_size > len(data.x_train):
         fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training examples of {args.dataset}")
     shape = list(data.x_train.shape)
     if state and state["shape"] != shape:
-        fail(f"{args.dataset} has changed since {checkpoint} was made: training data {shape}, then {state['shape']}")
+        fail(f"{args.dataset} has changed since {checkpoint} was made: training data {state['shape']}, now {shape}")
     git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -353,16 +356,16 @@ def main(argv=None):
     print(f"{args.dataset}: {len(data.x_train):,} examples to train on, {len(data.x_test):,} to test, "
           f"{data.num_classes} classes; {device}, autocast {amp or 'off'}, TF32 off; {out}", flush=True)
     view = data.plain if args.no_augment else data.view
-    saved, cost = -math.inf, 0.0  # when the last checkpoint was written, and how long that took
+    due = 0.0  # when the next checkpoint is to be written
 
     def after_epoch(log, get_state):
-        nonlocal saved, cost
+        nonlocal due
         with open(out / "log.csv", "a") as file:
             print(*log[-1].values(), sep=",", file=file)
         start = time.monotonic()
-        if start - saved > 100 * cost or len(log) == args.epochs:  # checkpoints take at most 1 % of the time
+        if start > due or len(log) == args.epochs:
             save(get_state() | {"flags": flags, "shape": shape}, checkpoint)
-            saved, cost = time.monotonic(), time.monotonic() - start
+            due = time.monotonic() + 100 * (time.monotonic() - start)  # so that they take at most 1 % of the time
         if args.eval_every and len(log) % args.eval_every == 0 and len(log) < args.epochs:
             result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
             print(f"epoch {len(log)}: test accuracy {result['test_accuracy']:.4f}")

@@ -35,10 +35,11 @@ def write(path, text):
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
-@pytest.mark.parametrize("header", [False, True])
+@pytest.mark.parametrize("header, floats", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("name", ["covtype.data.gz", "covtype.data", "covtype.csv", "covtype.csv.gz"])
-def test_covtype_is_read_in_each_form(tmp_path, tiny_covtype, name, header):
+def test_covtype_is_read_in_each_form(tmp_path, tiny_covtype, name, header, floats):
     rows, text = tiny_covtype
+    text = text.replace(",", ".0,") if floats else text
     write(tmp_path / name, ",".join(f"c{i}" for i in range(55)) * header + "\n" * header + text)
     data = common.load_table("covtype", tmp_path, CPU, mask=0.0)
     assert data.groups == [10, 4, 40] and data.num_classes == 7
@@ -75,7 +76,7 @@ def test_covtype_that_is_not_whole(tmp_path, tiny_covtype):
     def error():
         with pytest.raises(common.DataError) as caught:
             common.load_table("covtype", tmp_path, CPU)
-        assert "\n" not in str(caught.value) and "run `make covtype`" in str(caught.value)
+        assert "\n" not in str(caught.value) and ": move it away, then run `make covtype`" in str(caught.value)
         return str(caught.value)
 
     path.write_bytes(gzip.compress(text.encode())[:-40])
@@ -252,7 +253,7 @@ def test_cifar_binary(tmp_path, name, folder, files, label_bytes):
 
     path = tmp_path / folder / files[0]
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(common.DataError, match=f"{path} is cut short: {10 * (3072 + label_bytes) - 1:,} bytes are no "):
+    with pytest.raises(common.DataError, match=f"{path} is cut short: {10 * (3072 + label_bytes) - 1:,} bytes, "):
         common.load_images(name, tmp_path, CPU)
     path.unlink()
     with pytest.raises(common.DataError, match=f"{path} can't be read "):
