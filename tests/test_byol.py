@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """byol_imix.py's own parts: the loss, the predictor, and what keeps BYOL and SimSiam from collapsing."""
 
+import copy
 import io
+import math
 import shutil
 
 import pytest
@@ -43,6 +45,8 @@ def test_loss_stays_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         autocast = byol.byol_loss(g, f_ema)
     assert autocast.dtype == torch.float32 and torch.equal(autocast, byol.byol_loss(g, f_ema))
+    g, f_ema = g.bfloat16(), f_ema.bfloat16()  # as the networks return them under autocast
+    assert torch.equal(byol.byol_loss(g, f_ema), byol.byol_loss(g.float(), f_ema.float()))
 
 
 class Views:
@@ -60,14 +64,37 @@ def networks(seed=0):
     return byol.MLP5Layer([4, 2], 1), byol.projection_head(32, 8), byol.projection_head(8, 8)
 
 
-def test_symmetric_is_both_directions(monkeypatch):
-    pairs = []
-    loss_of = byol.byol_loss
-    monkeypatch.setattr(byol, "byol_loss", lambda g, f_ema, *mixed: pairs.append(len(mixed)) or loss_of(g, f_ema, *mixed))
-    byol.pretrain(*networks(), Views(), alpha=1.0, epochs=1, warmup_epochs=0)
-    assert pairs == [2] * 3
-    byol.pretrain(*networks(), Views(), alpha=0.0, symmetric=True, epochs=1, warmup_epochs=0)
-    assert pairs[3:] == [0] * 6
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("m", [0.0, 0.9])
+def test_pretrain_is_section_3_3_written_out(alpha, symmetric, m):
+    """Anchors mixed, targets by the EMA encoder without gradient, encoder, head and predictor trained, then the EMA."""
+    encoder, head, predictor = networks()
+    model, g, states = copy.deepcopy(nn.Sequential(encoder, head)), copy.deepcopy(predictor), []
+    byol.pretrain(encoder, head, predictor, Views(), alpha=alpha, symmetric=symmetric, m=m, epochs=2, warmup_epochs=0,
+                  lr=0.1, after_epoch=lambda log, get_state: states.append(get_state()))
+
+    networks()  # the random number generator as it was
+    ema = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([*model.parameters(), *g.parameters()], 0.1, momentum=0.9, weight_decay=1e-4)
+    for step, (x, x_tilde) in enumerate(pair for _ in range(2) for pair in Views()):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * step / 6)) / 2
+        losses = []
+        for anchor, other in [(x, x_tilde), (x_tilde, x)][:1 + symmetric]:
+            anchor, perm, lam = byol.mixup(anchor, alpha) if alpha else (anchor, torch.arange(16), torch.ones(16))
+            prediction = F.normalize(g(model(anchor)), dim=1)
+            with torch.no_grad():
+                target = F.normalize(ema(other), dim=1)
+            losses += [(lam * (prediction - target).square().sum(1) + (1 - lam) * (prediction - target[perm]).square().sum(1))]
+        optimizer.zero_grad()
+        torch.cat(losses).mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for theta_ema, theta in zip(ema.parameters(), model.parameters()):
+                theta_ema.copy_(m * theta_ema + (1 - m) * theta)
+    expected = {"model": nn.Sequential(*model, g), "ema": ema}
+    for name, network in expected.items():
+        torch.testing.assert_close(states[-1][name], network.state_dict(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": True, "m": 0.0}, {"amp": torch.float16}], ids=str)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """moco_imix.py's own parts: the loss, the queue, the EMA encoder."""
 
+import copy
 import io
+import math
 import shutil
 
 import pytest
@@ -30,7 +32,7 @@ def test_loss_and_gradient_equal_the_equation(mixed, temperature):
             torch.exp(s[6 + k] / temperature) for k in range(11))
         expected = expected - sum(v[i, n] * torch.log(torch.exp(s[n] / temperature) / denominator) for n in range(6)) / 6
     expected_gradient, = torch.autograd.grad(expected, f)
-    loss = moco.moco_loss(f, f_ema, queue.detach(), temperature, perm, lam)
+    loss = moco.moco_loss(f, f_ema, queue, temperature, perm, lam)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
     loss.backward()
     assert f.grad.abs().max() > 1e-3
@@ -59,6 +61,8 @@ def test_loss_stays_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         autocast = moco.moco_loss(f, f_ema, queue, 0.2)
     assert autocast.dtype == torch.float32 and torch.equal(autocast, moco.moco_loss(f, f_ema, queue, 0.2))
+    f, f_ema = f.bfloat16(), f_ema.bfloat16()  # as the networks return them under autocast
+    assert torch.equal(moco.moco_loss(f, f_ema, queue, 0.2), moco.moco_loss(f.float(), f_ema.float(), queue, 0.2))
 
 
 @pytest.mark.parametrize("n, k", [(4, 12), (4, 4), (5, 12), (7, 12), (12, 5), (10, 5), (1, 3)])
@@ -75,14 +79,21 @@ def test_queue_holds_the_last_keys_oldest_first_out(n, k):
 
 
 def test_ema_equals_its_closed_form():
+    """Of a model that moves: m^n theta_EMA,0 + (1 - m) sum_t m^(n - t) theta_t; BatchNorm's buffers stay its own."""
     torch.manual_seed(0)
-    model, ema = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    first, m, n = [p.clone() for p in ema.parameters()], 0.9, 7
+    model, ema = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(2))
+    m, n = 0.9, 7
+    expected = [m**n * p.detach() for p in ema.parameters()]
+    ema(torch.randn(8, 3))
     buffers = [b.clone() for b in ema.buffers()]
-    for _ in range(n):
+    for t in range(1, n + 1):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        model(torch.randn(8, 3))
+        expected = [e + (1 - m) * m ** (n - t) * p.detach() for e, p in zip(expected, model.parameters())]
         moco.update_ema(ema, model, m)
-    for start, p, target in zip(first, ema.parameters(), model.parameters()):
-        torch.testing.assert_close(p, m**n * start + (1 - m**n) * target)
+    torch.testing.assert_close([p.detach() for p in ema.parameters()], expected)
     assert all(torch.equal(a, b) for a, b in zip(buffers, ema.buffers()))
     moco.update_ema(ema, model, 0.0)
     assert all(torch.equal(p, q) for p, q in zip(ema.parameters(), model.parameters()))
@@ -103,33 +114,36 @@ def networks(seed=0):
     return moco.MLP5Layer([4, 2], 1), moco.projection_head(32, 8)
 
 
-def test_a_step_is_the_paper_s(monkeypatch):
-    """The first step's queue, the EMA after it and the keys, followed by hand."""
-    seen = []
-    loss_of = moco.moco_loss
-
-    def moco_loss(f, f_ema, queue, *rest):
-        seen.append((f_ema.clone(), queue.clone(), f_ema.requires_grad))
-        return loss_of(f, f_ema, queue, *rest)
-
-    monkeypatch.setattr(moco, "moco_loss", moco_loss)
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_pretrain_is_section_3_2_written_out(alpha):
+    """Anchors mixed, keys by the EMA encoder, cross-entropies over keys and queue, the EMA and the queue after the step."""
     encoder, head = networks()
-    before = [p.detach().clone() for p in [*encoder.parameters(), *head.parameters()]]
-    states = []
-    moco.pretrain(encoder, head, Views(), m=0.9, queue_size=20, epochs=1, warmup_epochs=0, lr=0.1,
-                  after_epoch=lambda log, get_state: states.append(get_state()))
-    keys, queues, gradient = zip(*seen)
-    assert not any(gradient)
-    torch.testing.assert_close(queues[0].norm(dim=1), torch.ones(20))  # random unit vectors at first
-    assert torch.equal(queues[1][:16], F.normalize(keys[0], dim=1)) and torch.equal(queues[1][16:], queues[0][16:])
-    assert torch.equal(queues[2][torch.arange(16, 32) % 20], F.normalize(keys[1], dim=1))
-    assert states[0]["pointer"] == 48 % 20 and torch.equal(states[0]["queue"][torch.arange(32, 48) % 20],
-                                                           F.normalize(keys[2], dim=1))
-    after = [p.detach() for p in [*encoder.parameters(), *head.parameters()]]
-    ema = [states[0]["ema"][name] for name in states[0]["ema"] if "running" not in name and "num_batches" not in name]
-    moved = [(e - b).abs().max() for e, b in zip(ema, before)]
-    assert len(ema) == len(before) and max(moved) > 1e-4  # the EMA follows ...
-    assert sum((e - b).norm() for e, b in zip(ema, before)) < 0.5 * sum((a - b).norm() for a, b in zip(after, before))
+    model, states = copy.deepcopy(nn.Sequential(encoder, head)), []
+    moco.pretrain(encoder, head, Views(), alpha=alpha, m=0.9, queue_size=20, epochs=2, warmup_epochs=0, lr=0.1,
+                  temperature=0.2, after_epoch=lambda log, get_state: states.append(get_state()))
+
+    networks()  # the random number generator as it was
+    ema = copy.deepcopy(model)
+    queue = list(F.normalize(torch.randn(20, 8), dim=1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    for step, (x, x_tilde) in enumerate(pair for _ in range(2) for pair in Views()):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * step / 6)) / 2
+        x, perm, lam = moco.mixup(x, alpha) if alpha else (x, torch.arange(16), torch.ones(16))
+        with torch.no_grad():
+            keys = F.normalize(ema(x_tilde), dim=1)
+        logits = F.normalize(model(x), dim=1) @ torch.stack([*keys, *queue]).T / 0.2
+        loss_i, loss_j = (F.cross_entropy(logits, label, reduction="none") for label in (torch.arange(16), perm))
+        optimizer.zero_grad()
+        (lam * loss_i + (1 - lam) * loss_j).mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for theta_ema, theta in zip(ema.parameters(), model.parameters()):
+                theta_ema.copy_(0.9 * theta_ema + 0.1 * theta)
+        queue = [*queue, *keys][-20:]
+    state = states[-1]
+    for name, network in {"model": model, "ema": ema}.items():
+        torch.testing.assert_close(state[name], network.state_dict(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state["queue"].roll(-state["pointer"], dims=0), torch.stack(queue), rtol=1e-4, atol=1e-5)
 
 
 def test_state_goes_on_bit_for_bit():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import byol_imix
 import common
@@ -106,8 +107,84 @@ def test_recipes_follow_the_dataset(script):
     assert (images.alpha, images.epochs, images.batch_size, images.warmup_epochs) == (1.0, 1000, 256, 10)
     assert script.parse_args(["--dataset", "covtype", "--alpha", "0"]).mask == 0.2
     assert script.parse_args(["--epochs", "200"]).warmup_epochs == 5
+    assert table.ema == images.ema == 0.999 and table.lr == images.lr == 0.125 and table.weight_decay == 1e-4
     if script is moco_imix:
-        assert (table.temperature, images.temperature) == (0.1, 0.2)
+        assert (table.temperature, images.temperature) == (0.1, 0.2) and table.queue == images.queue == 4096
+
+
+ALL = {"--epochs 7": ("epochs", 7), "--lr 0.5": ("lr", 0.5 * 16 / 256), "--weight-decay 0.01": ("weight_decay", 0.01),
+       "--warmup-epochs 2": ("warmup_epochs", 2), "--amp bf16": ("amp", torch.bfloat16), "--compile": ("compile", True)}
+TAU, STEP = {"--temperature 0.3": ("temperature", 0.3)}, {"--schedule step": ("schedule", "step_schedule")}
+MIXED = {"--alpha 0.7": ("alpha", 0.7), "--mix cutmix": ("mix", "cutmix")}
+
+
+@pytest.mark.parametrize("script, domain, last, options", [
+    (npair_tabular, "table", nn.BatchNorm1d, ALL | TAU | {"--alpha 0.7": ("alpha", 0.7)}),
+    (simclr_imix, "images", nn.BatchNorm1d, ALL | TAU | STEP | MIXED),
+    (simclr_imix, "images", nn.BatchNorm1d, {"--alpha 0": ("alpha", 0), "--loss nt-xent": ("loss_function", "nt_xent_loss")}),
+    *((moco_imix, domain, last, ALL | TAU | STEP | mixed | {"--queue 300": ("queue_size", 300), "--ema 0.9": ("m", 0.9)})
+      for domain, last, mixed in (("table", nn.BatchNorm1d, {}), ("images", nn.Linear, MIXED))),
+    *((byol_imix, domain, last, ALL | STEP | mixed | {"--symmetric": ("symmetric", True), "--ema 0.9": ("m", 0.9)})
+      for domain, last, mixed in (("table", nn.BatchNorm1d, {}), ("images", nn.Linear, MIXED)))])
+def test_flags_and_recipe_reach_the_loop(monkeypatch, tmp_path, script, domain, last, options):
+    """Each flag changes an argument of pretrain; head, and BYOL's predictor, end as the domain's recipe says."""
+    for i in range(40):
+        path = tmp_path / "images" / ("ant", "bee")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 2 * i, 3 * i)).save(path)
+    calls = []
+    monkeypatch.setattr(script, "pretrain", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(common, "linear_eval", lambda *_, **__: {"test_accuracy": 0.0, "train_accuracy": 0.0})
+    data = ["--width=1"] if domain == "table" else ["--image-size=8", "--arch=resnet18"]
+    data.append("--dataset=" + ("digits" if domain == "table" else str(tmp_path / "images")))
+    for out, flags in (("plain", []), ("with", " ".join(options).split())):
+        script.main([*data, "--batch-size=16", "--device=cpu", "--out", str(tmp_path / out), *flags])
+    (_, plain), (args, kwargs) = calls
+    for name, value in options.values():
+        given, default = (getattr(a[name], "__name__", a[name]) for a in (kwargs, plain))
+        assert given == value and default != value, name
+    heads = args[1:3] if script is byol_imix else args[1:2]
+    assert all(type(head[-1]) is last and head[-2 if last is nn.BatchNorm1d else -1].out_features == 128 for head in heads)
+
+
+def pretrain_on(script, device, **options):
+    """Three epochs of 8 steps of a script's pretrain, on its own encoder of tables or a ResNet."""
+    networks = [script.MLP5Layer([10, 4, 40], 2), script.projection_head(64, 32)] if hasattr(script, "MLP5Layer") else \
+        [script.resnet("resnet18", 1, 8), script.projection_head(512, 32)]
+    networks += [script.projection_head(32, 32)] * (script is byol_imix)
+    x = torch.randn(512, 54, device=device) if hasattr(script, "MLP5Layer") else torch.randn(64, 1, 8, 8, device=device)
+    loader = common.TwoViews(x, lambda x: x * (torch.rand_like(x) > 0.2), len(x) // 8)
+    log = script.pretrain(*(net.to(device) for net in networks), loader, epochs=3, warmup_epochs=0, **options)
+    assert len(log) == 3
+
+
+EVERY_STEP = [(npair_tabular, {}), (simclr_imix, {}), (simclr_imix, {"mix": simclr_imix.cutmix}),
+              (simclr_imix, {"alpha": 0, "loss_function": simclr_imix.nt_xent_loss}), (moco_imix, {"queue_size": 100}),
+              (byol_imix, {"symmetric": True})]
+
+
+@pytest.mark.parametrize("script, options", EVERY_STEP)
+def test_no_value_is_read_inside_an_epoch(monkeypatch, script, options):
+    """What reads a tensor's value waits for the device: that is twice an epoch, its loss and the check of the weights."""
+    reads = []
+    for name in ("__bool__", "__float__", "__index__", "__int__", "cpu", "item", "nonzero", "numpy", "tolist"):
+        def read(self, *args, name=name, inner=getattr(torch.Tensor, name), **kwargs):
+            reads.append(name)
+            return inner(self, *args, **kwargs)
+        monkeypatch.setattr(torch.Tensor, name, read)
+    pretrain_on(script, "cpu", **options)
+    assert reads == ["__float__"] * 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("script, options", EVERY_STEP)
+def test_no_synchronisation_inside_an_epoch_on_cuda(recwarn, script, options):
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        pretrain_on(script, "cuda", amp=torch.bfloat16, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in recwarn if "synchronizing" in str(w.message)]) <= 2 * 3  # as above; none of 8 steps
 
 
 def test_simclr_learns(tmp_path):
@@ -133,7 +210,7 @@ def test_a_terminal_sees_the_line_move(tmp_path):
         pass
     assert process.wait() == 0
     assert re.search(rb"\r\x1b\[Kepoch 1/1  loss -  lr 0\.\d+  [\d,]+ examples/s  0:00:\d\d left\r", shown), shown
-    assert b"linear evaluation: test rows" in shown
+    assert b"linear evaluation: test examples" in shown
 
 
 def test_evaluating_on_the_way_changes_nothing(tmp_path):
@@ -281,7 +358,7 @@ def test_a_checkpoint_of_another_script_is_refused(capsys, tmp_path):
     moco_imix.main([*SMALL, "--epochs", "1", "--out", str(tmp_path)])
     for script in (byol_imix, npair_tabular):
         flags = [*SMALL, "--epochs", 1, "--out", tmp_path, "--resume"]
-        assert ends(capsys, flags, script=script).startswith(f"{tmp_path / 'checkpoint.pt'} is cut short or not this script's")
+        assert ends(capsys, flags, script=script).startswith(f"{tmp_path / 'checkpoint.pt'} can't be read as this script's")
 
 
 def test_bad_data_and_folders(capsys, tmp_path):
@@ -316,7 +393,7 @@ def test_a_checkpoint_that_is_none_is_refused_and_left(capsys, tmp_path, kind):
     content = {"cut short": checkpoint.read_bytes()[:300], "empty": b"", "text": b"hello"}.get(kind, checkpoint.read_bytes())
     checkpoint.write_bytes(content)
     assert ends(capsys, [*SMALL, "--out", tmp_path, "--resume"]) == \
-        f"{checkpoint} is cut short or not this script's checkpoint; it is left as it is: move it away to start anew"
+        f"{checkpoint} can't be read as this script's checkpoint; it is left as it is: move it away to start anew"
     assert checkpoint.read_bytes() == content and len(list(tmp_path.iterdir())) == 1
 
 
@@ -328,7 +405,7 @@ def test_resume_with_other_data_is_refused(capsys, tmp_path):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     table.write_text("a,b,c,y\n" + "".join(f"{i / 7},{i % 5},{i % 3},{i % 2}\n" for i in range(40)))
     assert ends(capsys, [*flags, "--resume"]) == (
-        f"{table} has changed since {out / 'checkpoint.pt'} was made: training data [32, 3], then [32, 2]")
+        f"{table} has changed since {out / 'checkpoint.pt'} was made: training data [32, 2], now [32, 3]")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
