@@ -4,10 +4,11 @@
     python tests/bench_ema.py
 
 Rows of CovType's shape at --width 32, N = 512; on a GPU also resnet18 on 32 x 32 images, N = 256. The step is
-pretrain()'s, with views and mixing; the parts are timed alone, on tensors of the step's shapes, in the same rounds. So
-is the least that they can cost, bare operations written into tensors that are there already: lerp of two vectors as
-long as all parameters, and for MoCo the products of N embeddings with N + K keys, forward and backward, and the softmax
-of the logits between them; and MoCo's loss is compared with two cross-entropies over all N + K logits.
+pretrain()'s, with views and mixing, by the rate that it logs for an epoch; the parts are timed alone, on tensors of the
+step's shapes, after each epoch but the first. So is the least that they can cost, bare operations written into tensors
+that are there already: lerp of two vectors as long as all parameters, and for MoCo the products of N embeddings with
+N + K keys, forward and backward, and the softmax of the logits between them; and MoCo's loss is compared with two
+cross-entropies over all N + K logits.
 """
 
 import argparse
@@ -37,20 +38,16 @@ def measure(name, x, view, n, K, networks, device, amp, rounds):
     f, f_ema = (torch.randn(n, D, device=device, requires_grad=grad) for grad in (True, False))
     queue = F.normalize(torch.randn(K, D, device=device), dim=1)
     own, perm, lam = torch.arange(n, device=device), torch.randperm(n, device=device), torch.rand(n, device=device) / 2 + 0.5
-    encoder, head = networks()
-    model = nn.Sequential(encoder, head)
+    model = nn.Sequential(*networks())
     ema = copy.deepcopy(model).requires_grad_(False)
     predictor = byol.projection_head(D, D).to(device)
     loader = common.TwoViews(x, view, n)
     keys, logits, product = (torch.randn(*size, device=device) for size in ((n + K, D), (n, n + K), (n, D)))
     theta, theta_ema = torch.randn(2, sum(p.numel() for p in model.parameters()), device=device)
-    options = {"epochs": 1, "warmup_epochs": 0, "amp": amp}
     parts = {
         "MoCo": [lambda: moco.update_ema(ema, model, 0.999), lambda: moco.enqueue(queue, f_ema, 4000),
                  lambda: moco.moco_loss(f, f_ema, queue, 0.1, perm, lam).backward()],
         "BYOL": [lambda: byol.update_ema(ema, model, 0.999), lambda: byol.byol_loss(f, f_ema, perm, lam).backward()]}
-    loops = {"MoCo": lambda: moco.pretrain(*networks(), loader, queue_size=K, **options),
-             "BYOL": lambda: byol.pretrain(*networks(), predictor, loader, **options)}
 
     def least():
         theta_ema.lerp_(theta, 0.001)
@@ -67,17 +64,20 @@ def measure(name, x, view, n, K, networks, device, amp, rounds):
     def cost(*functions):
         return sum(seconds(lambda: [function() for _ in range(10)], device) / 10 for function in functions)
 
+    def after_epoch(log, get_state):
+        step = n / log[-1]["examples_per_s"]
+        measured.append([step, cost(*parts[method]) / step, cost(least) / step])
+
+    options = {"epochs": 1 + rounds, "warmup_epochs": 0, "amp": amp, "after_epoch": after_epoch}
+    loops = {"MoCo": lambda: moco.pretrain(*networks(), loader, queue_size=K, **options),
+             "BYOL": lambda: byol.pretrain(*networks(), predictor, loader, **options)}
     for method, loop in loops.items():
+        measured = []
         with contextlib.redirect_stdout(io.StringIO()):
-            cost(*parts[method], least)  # warm up
-            steps, shares, bare = [], [], []
-            for _ in range(rounds):
-                steps.append(seconds(loop, device) / len(loader))
-                shares.append(cost(*parts[method]) / steps[-1])
-                bare.append(cost(least) / steps[-1])
-        print(f"  {method}, {name}: {n / statistics.median(steps):,.0f} examples/s; EMA, {'queue, ' * (method == 'MoCo')}loss "
-              f"take {statistics.median(shares):.1%} of the step, of which the bare operations {statistics.median(bare):.1%}",
-              flush=True)
+            loop()
+        step, share, bare = map(statistics.median, zip(*measured[1:]))  # the first epoch warms up
+        print(f"  {method}, {name}: {n / step:,.0f} examples/s; EMA, {'queue, ' * (method == 'MoCo')}loss take {share:.1%} "
+              f"of the step, of which the bare operations {bare:.1%}", flush=True)
     loss = parts["MoCo"][-1]
     ratio = statistics.median(cost(cross_entropies) / cost(loss) for _ in range(rounds))
     print(f"  moco_loss, N = {n}, K = {K}: {ratio:.1f} times as fast as two F.cross_entropy over all logits", flush=True)
