@@ -147,7 +147,8 @@ def resnet(arch, channels, size):
 def projection_head(size, dim):
     """The recipe's projection head, dropped after pre-training, and BYOL's predictor: (N, size) -> (N, dim).
 
-    MoCo and BYOL leave the last BatchNorm out on images and speech: projection_head(size, dim)[:-1].
+    Without its last BatchNorm, projection_head(size, dim)[:-1], it is MoCo's and BYOL's head for images, and BYOL's
+    predictor for images and speech.
     """
     return nn.Sequential(nn.Linear(size, size), nn.BatchNorm1d(size), nn.ReLU(inplace=True),
                          nn.Linear(size, dim), nn.BatchNorm1d(dim))
@@ -392,7 +393,7 @@ def main(argv=None):
     free = "data_dir device compile out resume eval_every linear_epochs".split()  # these may change on --resume
     flags = {flag: value for flag, value in vars(args).items() if flag not in free}
     out, checkpoint, device = args.out, args.out / "checkpoint.pt", args.device
-    source, table = (args.dataset, args.data_dir, device), is_table(args.dataset)
+    source, table, speech = (args.dataset, args.data_dir, device), is_table(args.dataset), is_speech(args.dataset)
     if not args.resume and (os.path.exists(out / "config.json") or os.path.exists(checkpoint)):
         fail(f"{out} already holds a run: go on with it with --resume, or choose another folder with --out")
     state = load_checkpoint(checkpoint, flags) if os.path.exists(checkpoint) else None
@@ -400,7 +401,7 @@ def main(argv=None):
         if table:
             data = common.load_table(*source, mask=args.mask, standardize=args.standardize,
                                      label_column=args.label_column, test_share=args.test_share)
-        elif is_speech(args.dataset):
+        elif speech:
             data = common.load_speech(*source, version=args.speech_version, train_size=args.train_size)
         else:
             data = common.load_images(*source, image_size=args.image_size, train_size=args.train_size)
@@ -424,9 +425,10 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if table:
         encoder, head = MLP5Layer(data.groups, args.width), projection_head(32 * args.width, args.dim)
-    else:  # no BatchNorm at the end of the head
+    else:
         encoder = resnet(args.arch, *data.plain(data.x_train[:1]).shape[1:3])
-        head = projection_head(2048 if args.arch == "resnet50" else 512, args.dim)[:-1]
+        head = projection_head(2048 if args.arch == "resnet50" else 512, args.dim)
+        head = head if speech else head[:-1]  # for images the recipe ends without BatchNorm
     encoder, head = encoder.to(device), head.to(device)
     print(f"{args.dataset}: {len(data.x_train):,} examples to train on, {len(data.x_test):,} to test, "
           f"{data.num_classes} classes; {device}, autocast {amp or 'off'}, TF32 off; {out}", flush=True)

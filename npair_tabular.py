@@ -80,7 +80,8 @@ class MLP5Layer(nn.Module):
 def projection_head(size, dim):
     """The recipe's projection head, dropped after pre-training, and BYOL's predictor: (N, size) -> (N, dim).
 
-    MoCo and BYOL leave the last BatchNorm out on images and speech: projection_head(size, dim)[:-1].
+    Without its last BatchNorm, projection_head(size, dim)[:-1], it is MoCo's and BYOL's head for images, and BYOL's
+    predictor for images and speech.
     """
     return nn.Sequential(nn.Linear(size, size), nn.BatchNorm1d(size), nn.ReLU(inplace=True),
                          nn.Linear(size, dim), nn.BatchNorm1d(dim))

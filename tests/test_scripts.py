@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import wave
 from pathlib import Path
 
 import pytest
@@ -119,24 +120,32 @@ MIXED = {"--alpha 0.7": ("alpha", 0.7), "--mix cutmix": ("mix", "cutmix")}
 
 
 @pytest.mark.parametrize("script, domain, last, options", [
-    (npair_tabular, "table", nn.BatchNorm1d, ALL | TAU | {"--alpha 0.7": ("alpha", 0.7)}),
-    (simclr_imix, "images", nn.BatchNorm1d, ALL | TAU | STEP | MIXED),
-    (simclr_imix, "images", nn.BatchNorm1d, {"--alpha 0": ("alpha", 0), "--loss nt-xent": ("loss_function", "nt_xent_loss")}),
-    *((moco_imix, domain, last, ALL | TAU | STEP | mixed | {"--queue 300": ("queue_size", 300), "--ema 0.9": ("m", 0.9)})
-      for domain, last, mixed in (("table", nn.BatchNorm1d, {}), ("images", nn.Linear, MIXED))),
-    *((byol_imix, domain, last, ALL | STEP | mixed | {"--symmetric": ("symmetric", True), "--ema 0.9": ("m", 0.9)})
-      for domain, last, mixed in (("table", nn.BatchNorm1d, {}), ("images", nn.Linear, MIXED)))])
+    (npair_tabular, "table", [nn.BatchNorm1d], ALL | TAU | {"--alpha 0.7": ("alpha", 0.7)}),
+    (simclr_imix, "images", [nn.BatchNorm1d], ALL | TAU | STEP | MIXED),
+    (simclr_imix, "speech", [nn.BatchNorm1d], {"--alpha 0": ("alpha", 0), "--loss nt-xent": ("loss_function", "nt_xent_loss")}),
+    *((moco_imix, domain, last, ALL | TAU | mixed | {"--queue 300": ("queue_size", 300), "--ema 0.9": ("m", 0.9)})
+      for domain, last, mixed in (("table", [nn.BatchNorm1d], STEP), ("images", [nn.Linear], STEP | MIXED),
+                                  ("speech", [nn.BatchNorm1d], MIXED))),
+    *((byol_imix, domain, last, ALL | mixed | {"--symmetric": ("symmetric", True), "--ema 0.9": ("m", 0.9)})
+      for domain, last, mixed in (("table", [nn.BatchNorm1d] * 2, STEP), ("images", [nn.Linear] * 2, STEP | MIXED),
+                                  ("speech", [nn.BatchNorm1d, nn.Linear], MIXED)))])
 def test_flags_and_recipe_reach_the_loop(monkeypatch, tmp_path, script, domain, last, options):
     """Each flag changes an argument of pretrain; head, and BYOL's predictor, end as the domain's recipe says."""
     for i in range(40):
-        path = tmp_path / "images" / ("ant", "bee")[i % 2] / f"{i}.png"
+        path = tmp_path / domain / ("ant", "bee")[i % 2] / str(i)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (i, 2 * i, 3 * i)).save(path)
+        if domain == "images":
+            Image.new("RGB", (8, 8), (i, 2 * i, 3 * i)).save(f"{path}.png")
+        else:
+            with wave.open(f"{path}.wav", "wb") as file:
+                file.setparams((1, 2, 16000, 0, "NONE", None))
+                file.writeframes(bytes(range(200)) * 100)
     calls = []
     monkeypatch.setattr(script, "pretrain", lambda *args, **kwargs: calls.append((args, kwargs)))
     monkeypatch.setattr(common, "linear_eval", lambda *_, **__: {"test_accuracy": 0.0, "train_accuracy": 0.0})
-    data = ["--width=1"] if domain == "table" else ["--image-size=8", "--arch=resnet18"]
-    data.append("--dataset=" + ("digits" if domain == "table" else str(tmp_path / "images")))
+    data = {"table": ["--dataset=digits", "--width=1"], "images": ["--image-size=8", "--arch=resnet18"],
+            "speech": ["--arch=resnet18"]}[domain]
+    data += [] if domain == "table" else [f"--dataset={tmp_path / domain}"]
     for out, flags in (("plain", []), ("with", " ".join(options).split())):
         script.main([*data, "--batch-size=16", "--device=cpu", "--out", str(tmp_path / out), *flags])
     (_, plain), (args, kwargs) = calls
@@ -144,7 +153,8 @@ def test_flags_and_recipe_reach_the_loop(monkeypatch, tmp_path, script, domain, 
         given, default = (getattr(a[name], "__name__", a[name]) for a in (kwargs, plain))
         assert given == value and default != value, name
     heads = args[1:3] if script is byol_imix else args[1:2]
-    assert all(type(head[-1]) is last and head[-2 if last is nn.BatchNorm1d else -1].out_features == 128 for head in heads)
+    assert [type(head[-1]) for head in heads] == last
+    assert all(list(head.parameters())[-1].shape == (128,) for head in heads)
 
 
 def pretrain_on(script, device, **options):
