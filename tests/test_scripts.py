@@ -458,7 +458,7 @@ IMAGES = "x, encoder, size = torch.randn(256, 3, 8, 8), mine.resnet('resnet18', 
 
 
 @pytest.mark.parametrize("script, networks", [("npair_tabular", TABLE), ("simclr_imix", IMAGES), ("moco_imix", TABLE),
-                                              ("moco_imix", IMAGES), ("byol_imix", TABLE)])
+                                              ("moco_imix", IMAGES), ("byol_imix", TABLE), ("byol_imix", IMAGES)])
 def test_a_script_copied_alone_trains_on_ones_own_tensors(tmp_path, script, networks):
     (tmp_path / f"{script}.py").write_text((ROOT / f"{script}.py").read_text())
     predictor = "mine.projection_head(32, 32), " * (script == "byol_imix")
