@@ -2,7 +2,7 @@
 """N-pair / SimCLR with i-Mix on images and speech: Section 3.1 of Lee et al., "i-Mix: A Domain-Agnostic Strategy for
 Contrastive Representation Learning", ICLR 2021, https://arxiv.org/abs/2010.08887.
 
-    python simclr_imix.py                                       # CIFAR-10, N-pair + i-Mix, the recipe (README.md: results)
+    python simclr_imix.py                                       # CIFAR-10, N-pair + i-Mix: the recipe (see README.md)
     python simclr_imix.py --alpha 0                             # the same without i-Mix
     python simclr_imix.py --alpha 0 --loss nt-xent              # SimCLR's own loss
     python simclr_imix.py --arch resnet18 --epochs 200 --mix cutmix
