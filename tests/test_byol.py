@@ -94,7 +94,7 @@ def test_pretrain_is_section_3_3_written_out(alpha, symmetric, m):
                 theta_ema.copy_(m * theta_ema + (1 - m) * theta)
     expected = {"model": nn.Sequential(*model, g), "ema": ema}
     for name, network in expected.items():
-        torch.testing.assert_close(states[-1][name], network.state_dict(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(states[-1][name], network.state_dict(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": True, "m": 0.0}, {"amp": torch.float16}], ids=str)

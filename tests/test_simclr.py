@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
 """simclr_imix.py's own parts: CutMix, NT-Xent, the ResNets; what it shares with npair_tabular.py is tested there."""
 
+import copy
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import npair_tabular
 import simclr_imix as simclr
@@ -105,11 +108,33 @@ def test_resnet_for_large_images_and_one_channel():
 
 @pytest.mark.parametrize("mix, loss_function, alpha", [("mixup", "n_pair_loss", 1.0), ("cutmix", "n_pair_loss", 1.0),
                                                        ("mixup", "n_pair_loss", 0.0), ("mixup", "nt_xent_loss", 0.0)])
-def test_pretrain_with_each_mixing_and_loss(mix, loss_function, alpha):
+def test_pretrain_is_section_3_1_written_out(mix, loss_function, alpha):
+    """Only the anchors are mixed, in one pass with the other views; the loss falls."""
     torch.manual_seed(0)
     x = torch.randn(16, 1, 8, 8)
-    loader = [(x, x + 0.1 * torch.randn_like(x))] * 8
-    encoder = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten())
-    log = simclr.pretrain(encoder, simclr.projection_head(288, 16), loader, alpha=alpha, mix=getattr(simclr, mix), lr=0.1,
-                          loss_function=getattr(simclr, loss_function), epochs=5, warmup_epochs=0, temperature=0.5)
+    loader = [(x, x + 0.1 * torch.randn_like(x)) for _ in range(8)]
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()),
+                          simclr.projection_head(288, 16))
+    ours, mix = copy.deepcopy(model), getattr(simclr, mix)
+    torch.manual_seed(1)
+    log = simclr.pretrain(*ours, loader, alpha=alpha, mix=mix, lr=0.1, loss_function=getattr(simclr, loss_function),
+                          epochs=2, warmup_epochs=0, temperature=0.5)
     assert log[-1]["loss"] < log[0]["loss"]
+
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    for step, (x, x_tilde) in enumerate(2 * loader):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * step / 16)) / 2
+        x, perm, lam = mix(x, alpha) if alpha else (x, torch.arange(16), torch.ones(16))
+        f = F.normalize(model(torch.cat([x, x_tilde])), dim=1)
+        if loss_function == "n_pair_loss":
+            logits = f[:16] @ f[16:].T / 0.5
+            loss_i, loss_j = (F.cross_entropy(logits, label, reduction="none") for label in (torch.arange(16), perm))
+            loss = (lam * loss_i + (1 - lam) * loss_j).mean()
+        else:
+            logits = f @ f.T / 0.5 - 1e9 * torch.eye(32)
+            loss = F.cross_entropy(logits, (torch.arange(32) + 16) % 32)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(ours.state_dict(), model.state_dict(), rtol=1e-4, atol=1e-3)
