@@ -3,7 +3,6 @@
 
 import copy
 import io
-import math
 import shutil
 
 import pytest
@@ -50,13 +49,16 @@ def test_loss_stays_float32_under_autocast():
 
 
 class Views:
+    def __init__(self, dtype=torch.float32):
+        self.dtype = dtype
+
     def __len__(self):
         return 3
 
     def __iter__(self):
         for _ in range(3):
-            x = torch.randn(16, 6)
-            yield x, x + 0.1 * torch.randn(16, 6)
+            x = torch.randn(16, 6, dtype=self.dtype)
+            yield x, x + 0.1 * torch.randn_like(x)
 
 
 def networks(seed=0):
@@ -69,16 +71,17 @@ def networks(seed=0):
 @pytest.mark.parametrize("m", [0.0, 0.9])
 def test_pretrain_is_section_3_3_written_out(alpha, symmetric, m):
     """Anchors mixed, targets by the EMA encoder without gradient, encoder, head and predictor trained, then the EMA."""
-    encoder, head, predictor = networks()
+    encoder, head, predictor = (net.double() for net in networks())  # in float32, rounding sets two runs apart
     model, g, states = copy.deepcopy(nn.Sequential(encoder, head)), copy.deepcopy(predictor), []
-    byol.pretrain(encoder, head, predictor, Views(), alpha=alpha, symmetric=symmetric, m=m, epochs=2, warmup_epochs=0,
-                  lr=0.1, after_epoch=lambda log, get_state: states.append(get_state()))
+    byol.pretrain(encoder, head, predictor, Views(torch.float64), alpha=alpha, symmetric=symmetric, m=m, epochs=2,
+                  warmup_epochs=1, lr=0.1, schedule=byol.step_schedule, weight_decay=0.1,
+                  after_epoch=lambda log, get_state: states.append(get_state()))
 
     networks()  # the random number generator as it was
     ema = copy.deepcopy(model)
-    optimizer = torch.optim.SGD([*model.parameters(), *g.parameters()], 0.1, momentum=0.9, weight_decay=1e-4)
-    for step, (x, x_tilde) in enumerate(pair for _ in range(2) for pair in Views()):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * step / 6)) / 2
+    optimizer = torch.optim.SGD([*model.parameters(), *g.parameters()], 0.1, momentum=0.9, weight_decay=0.1)
+    for step, (x, x_tilde) in enumerate(pair for _ in range(2) for pair in Views(torch.float64)):
+        optimizer.param_groups[0]["lr"] = [0.1 / 3, 0.2 / 3, 0.1, 0.1, 0.01, 0.001][step]
         losses = []
         for anchor, other in [(x, x_tilde), (x_tilde, x)][:1 + symmetric]:
             anchor, perm, lam = byol.mixup(anchor, alpha) if alpha else (anchor, torch.arange(16), torch.ones(16))
@@ -115,14 +118,25 @@ def test_state_goes_on_bit_for_bit(options):
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in encoder.state_dict().items())
 
 
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+def test_autocast_reaches_both_networks(monkeypatch, amp):
+    seen, inner = set(), byol.byol_loss
+    monkeypatch.setattr(byol, "byol_loss", lambda g, f_ema, *rest: seen.add((g.dtype, f_ema.dtype)) or inner(g, f_ema, *rest))
+    byol.pretrain(*networks(), Views(), epochs=1, warmup_epochs=0, amp=amp)
+    assert seen == {(amp, amp)}
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
-def test_compiled_networks_train_alike():
+def test_compiled_networks_train_alike(monkeypatch):
+    compiled, inner = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or inner(net))
     logs = []
     for compile in (False, True):
         nets = [net.double() for net in networks()]
         loader = [(x.double(), x_tilde.double()) for x, x_tilde in Views()]  # in float32, rounding sets two runs apart
         logs.append(byol.pretrain(*nets, loader, epochs=2, lr=0.1, symmetric=True, compile=compile))
     assert [row["loss"] for row in logs[0]] == pytest.approx([row["loss"] for row in logs[1]], rel=1e-5)
+    assert len(compiled) == 2
 
 
 def spread(model, x):

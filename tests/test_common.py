@@ -236,20 +236,25 @@ def write_cifar(folder, files, label_bytes, classes, records=10):
         np.concatenate(parts, axis=1).astype(np.uint8).tofile(folder / file)
 
 
-@pytest.mark.parametrize("name, folder, files, label_bytes", [
-    ("cifar10", "cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"], 1),
-    ("cifar100", "cifar-100-binary", ["train.bin", "test.bin"], 2)])
-def test_cifar_binary(tmp_path, name, folder, files, label_bytes):
+@pytest.mark.parametrize("name, folder, files, label_bytes, mean, std", [
+    ("cifar10", "cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"], 1,
+     [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
+    ("cifar100", "cifar-100-binary", ["train.bin", "test.bin"], 2, [0.5071, 0.4865, 0.4409], [0.2009, 0.1984, 0.2023])])
+def test_cifar_binary(tmp_path, name, folder, files, label_bytes, mean, std):
     write_cifar(tmp_path / folder, files, label_bytes, 10)
     data = common.load_images(name, tmp_path, CPU)
     assert data.x_train.shape == (10 * len(files) - 10, 3, 32, 32) and data.x_test.shape == (10, 3, 32, 32)
     assert data.x_train.dtype == torch.uint8 and data.num_classes == 10
     expected = data.y_train[:, None] + torch.arange(3) * 10
     assert torch.equal(data.x_train, expected[:, :, None, None].expand_as(data.x_train).to(torch.uint8))
-    mean, std = common.CIFAR[name][4:]
-    plain = data.plain(data.x_train[:1])
-    assert plain[0, 2, 5, 5].item() == pytest.approx(((20 + data.y_train[0].item()) / 255 - mean[2]) / std[2], rel=1e-5)
-    assert data.view(data.x_train).shape == data.eval_view(data.x_train).shape == data.x_train.shape
+    x, mean, std = data.x_train / 255, *(torch.tensor(values)[:, None, None] for values in (mean, std))
+    torch.testing.assert_close(data.plain(data.x_train), (x - mean) / std)
+    for ours, view in ((data.view, common.image_view), (data.eval_view, common.padded_crop)):
+        views = []
+        for make in (lambda: ours(data.x_train), lambda: (view(x) - mean) / std):
+            torch.manual_seed(0)
+            views.append(make())
+        torch.testing.assert_close(*views)
 
     path = tmp_path / folder / files[0]
     path.write_bytes(path.read_bytes()[:-1])
@@ -399,6 +404,8 @@ def test_masking_is_independent_and_of_the_continuous_columns_alone(tmp_path):
     assert torch.equal(x[:, 2:], x_tilde[:, 2:])
     kept = ~(masked | masked_tilde)
     assert torch.equal(x[:, :2][kept], x_tilde[:, :2][kept])
+    view = data.view(data.x_train)
+    assert ((view == data.x_train) | (view == 0)).all()  # what is kept is not scaled up
     unmasked = load_csv(table, tmp_path / "my.csv", mask=0.0)
     assert torch.equal(unmasked.view(unmasked.x_train), unmasked.plain(unmasked.x_train))
 
@@ -416,6 +423,37 @@ def test_linear_eval_of_a_known_answer():
     result = common.linear_eval(nn.Identity(), answerable(), epochs=20)
     assert result["train_accuracy"] == 1 and result["test_accuracy"] == 0.75
     assert result.keys() == {"test_accuracy", "train_accuracy", "protocol", "seconds"}
+
+
+def test_linear_eval_is_the_protocol_written_out(monkeypatch):
+    torch.manual_seed(0)
+    x, y = torch.randn(200, 5), torch.randint(3, (200,))  # labels that can't be learned: the weights follow every detail
+    encoder = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8))
+    data = common.Dataset(x, y, x[:40], y[:40], 3, lambda x: x + 9, lambda x: 2 * x)
+    made, inner = [], nn.Linear
+    monkeypatch.setattr(nn, "Linear", lambda *args, **kwargs: made.append(inner(*args, **kwargs)) or made[-1])
+    result = common.linear_eval(encoder, data, epochs=20, batch_size=64, seed=3)
+    monkeypatch.undo()
+
+    encoder.eval()
+    torch.manual_seed(3)
+    classifier = nn.Linear(8, 3)
+    nn.init.normal_(classifier.weight, std=0.01)
+    nn.init.zeros_(classifier.bias)
+    features = encoder(2 * x).detach()
+    optimizer = torch.optim.SGD(classifier.parameters(), 2.5, momentum=0.9)
+    for epoch in range(20):
+        optimizer.param_groups[0]["lr"] = 2.5 * (1 if epoch < 16 else 0.2 if epoch < 18 else 0.04 if epoch < 19 else 0.008)
+        order = torch.randperm(200)
+        for index in (order[:64], order[64:128], order[128:192]):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(classifier(features[index]), y[index]).backward()
+            optimizer.step()
+    torch.testing.assert_close(made[0].state_dict(), classifier.state_dict(), rtol=1e-3, atol=1e-3)
+    correct = classifier(features).argmax(1) == y
+    assert result["train_accuracy"] == correct.sum() / 200 and result["test_accuracy"] == correct[:40].sum() / 40
+    assert result["protocol"] == ("linear classifier on frozen features: SGD, momentum 0.9, lr 10 x batch/256, batch 64, 20 "
+                                  "epochs, x 0.2 after 80, 90 and 95 %")
 
 
 def test_linear_eval_draws_the_training_views_anew_five_times():

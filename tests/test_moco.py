@@ -3,7 +3,6 @@
 
 import copy
 import io
-import math
 import shutil
 
 import pytest
@@ -100,13 +99,16 @@ def test_ema_equals_its_closed_form():
 
 
 class Views:
+    def __init__(self, dtype=torch.float32):
+        self.dtype = dtype
+
     def __len__(self):
         return 3
 
     def __iter__(self):
         for _ in range(3):
-            x = torch.randn(16, 6)
-            yield x, x + 0.1 * torch.randn(16, 6)
+            x = torch.randn(16, 6, dtype=self.dtype)
+            yield x, x + 0.1 * torch.randn_like(x)
 
 
 def networks(seed=0):
@@ -117,17 +119,18 @@ def networks(seed=0):
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_pretrain_is_section_3_2_written_out(alpha):
     """Anchors mixed, keys by the EMA encoder, cross-entropies over keys and queue, the EMA and the queue after the step."""
-    encoder, head = networks()
+    encoder, head = (net.double() for net in networks())  # in float32, rounding sets two runs apart
     model, states = copy.deepcopy(nn.Sequential(encoder, head)), []
-    moco.pretrain(encoder, head, Views(), alpha=alpha, m=0.9, queue_size=20, epochs=2, warmup_epochs=0, lr=0.1,
-                  temperature=0.2, after_epoch=lambda log, get_state: states.append(get_state()))
+    moco.pretrain(encoder, head, Views(torch.float64), alpha=alpha, m=0.9, queue_size=20, epochs=2, warmup_epochs=1, lr=0.1,
+                  schedule=moco.step_schedule, weight_decay=0.1, temperature=0.2,
+                  after_epoch=lambda log, get_state: states.append(get_state()))
 
     networks()  # the random number generator as it was
     ema = copy.deepcopy(model)
     queue = list(F.normalize(torch.randn(20, 8), dim=1))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
-    for step, (x, x_tilde) in enumerate(pair for _ in range(2) for pair in Views()):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * step / 6)) / 2
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    for step, (x, x_tilde) in enumerate(pair for _ in range(2) for pair in Views(torch.float64)):
+        optimizer.param_groups[0]["lr"] = [0.1 / 3, 0.2 / 3, 0.1, 0.1, 0.01, 0.001][step]
         x, perm, lam = moco.mixup(x, alpha) if alpha else (x, torch.arange(16), torch.ones(16))
         with torch.no_grad():
             keys = F.normalize(ema(x_tilde), dim=1)
@@ -143,7 +146,7 @@ def test_pretrain_is_section_3_2_written_out(alpha):
     state = states[-1]
     for name, network in {"model": model, "ema": ema}.items():
         torch.testing.assert_close(state[name], network.state_dict(), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(state["queue"].roll(-state["pointer"], dims=0), torch.stack(queue), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(state["queue"].roll(-state["pointer"], dims=0), torch.stack(queue).float(), rtol=1e-4, atol=1e-3)
 
 
 def test_state_goes_on_bit_for_bit():
@@ -165,16 +168,22 @@ def test_state_goes_on_bit_for_bit():
 
 @pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": 2.0}, {"alpha": 1.0, "amp": torch.bfloat16},
                                      {"alpha": 1.0, "amp": torch.float16}], ids=str)
-def test_pretrain_learns(options):
+def test_pretrain_learns(monkeypatch, options):
+    seen, inner = set(), moco.moco_loss
+    monkeypatch.setattr(moco, "moco_loss", lambda f, f_ema, *rest: seen.add((f.dtype, f_ema.dtype)) or inner(f, f_ema, *rest))
     log = moco.pretrain(*networks(), Views(), epochs=30, lr=0.1, temperature=0.2, m=0.9, queue_size=64, **options)
     assert log[-1]["loss"] < log[0]["loss"] - 0.3
+    assert seen == {(options.get("amp", torch.float32),) * 2}
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
-def test_compiled_networks_train_alike():
+def test_compiled_networks_train_alike(monkeypatch):
+    compiled, inner = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or inner(net))
     logs = []
     for compile in (False, True):
         encoder, head = networks()
         loader = [(x.double(), x_tilde.double()) for x, x_tilde in Views()]  # in float32, rounding sets two runs apart
         logs.append(moco.pretrain(encoder.double(), head.double(), loader, epochs=2, lr=0.1, queue_size=20, compile=compile))
     assert [row["loss"] for row in logs[0]] == pytest.approx([row["loss"] for row in logs[1]], rel=1e-5)
+    assert len(compiled) == 2

@@ -189,10 +189,12 @@ def test_pretrain_learns_and_mixing_changes_the_result():
 
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
-def test_autocast_and_grad_scaler_train(amp):
+def test_autocast_and_grad_scaler_train(monkeypatch, amp):
     encoder, head = networks()
+    seen, inner = set(), npair.n_pair_loss
+    monkeypatch.setattr(npair, "n_pair_loss", lambda f, *rest: seen.add(f.dtype) or inner(f, *rest))
     log = npair.pretrain(encoder, head, RandomViews(), amp=amp, epochs=20, lr=0.1, temperature=0.2)
-    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    assert seen == {amp} and log[-1]["loss"] < 0.8 * log[0]["loss"]
     assert all(p.dtype == torch.float32 for p in encoder.parameters())
 
 
@@ -233,7 +235,9 @@ def test_a_broken_last_step_is_noticed_before_the_checkpoint(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
-def test_compiled_networks_train_alike():
+def test_compiled_networks_train_alike(monkeypatch):
+    compiled, inner = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or inner(net))
     losses = []
     for compile in (False, True):
         encoder, head = networks()  # in float64: in float32, rounding alone sets two runs apart within an epoch
@@ -241,3 +245,4 @@ def test_compiled_networks_train_alike():
         log = npair.pretrain(encoder.double(), head.double(), loader, epochs=2, lr=0.1, compile=compile)
         losses.append([row["loss"] for row in log])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(compiled) == 1

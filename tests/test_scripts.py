@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import warnings
 import wave
 from pathlib import Path
 
@@ -101,6 +103,18 @@ def test_moco_and_byol_run_on_images(tmp_path, script, flags):
     script.resnet("resnet18", 3, 8).load_state_dict(torch.load(out / "encoder.pt", weights_only=True))
 
 
+def test_recipes_of_n_pair():
+    table, images = vars(npair_tabular.parse_args([])), vars(simclr_imix.parse_args([]))
+    speech = vars(simclr_imix.parse_args(["--dataset", "speech_commands"]))
+    both = {"lr": 0.125, "weight_decay": 1e-4, "dim": 128, "linear_epochs": 100, "seed": 0}
+    own = {"dataset": "covtype", "alpha": 2.0, "mask": 0.2, "epochs": 500, "batch_size": 512, "temperature": 0.1, "width": 64}
+    assert table == table | both | own
+    both |= {"alpha": 1.0, "batch_size": 256, "arch": "resnet50", "mix": "mixup", "loss": "n-pair"}
+    own = {"dataset": "cifar10", "epochs": 1000, "temperature": 0.2, "schedule": "cosine", "warmup_epochs": 10}
+    assert images == images | both | own
+    assert speech == speech | both | {"epochs": 500, "temperature": 0.5, "schedule": "step", "warmup_epochs": 5}
+
+
 @pytest.mark.parametrize("script", [moco_imix, byol_imix])
 def test_recipes_follow_the_dataset(script):
     table, images = script.parse_args(["--dataset", "covtype"]), script.parse_args([])
@@ -116,6 +130,10 @@ def test_recipes_follow_the_dataset(script):
 ALL = {"--epochs 7": ("epochs", 7), "--lr 0.5": ("lr", 0.5 * 16 / 256), "--weight-decay 0.01": ("weight_decay", 0.01),
        "--warmup-epochs 2": ("warmup_epochs", 2), "--amp bf16": ("amp", torch.bfloat16), "--compile": ("compile", True)}
 TAU, STEP = {"--temperature 0.3": ("temperature", 0.3)}, {"--schedule step": ("schedule", "step_schedule")}
+LOAD = {"table": {"--mask 0.3": ("mask", 0.3), "--standardize all": ("standardize", "all"), "--test-share 0.4":
+                  ("test_share", 0.4), "--label-column y": ("label_column", "y")},
+        "images": {"--train-size 24": ("train_size", 24)},
+        "speech": {"--train-size 24": ("train_size", 24), "--speech-version v0.02": ("version", "v0.02")}}
 MIXED = {"--alpha 0.7": ("alpha", 0.7), "--mix cutmix": ("mix", "cutmix")}
 
 
@@ -129,8 +147,9 @@ MIXED = {"--alpha 0.7": ("alpha", 0.7), "--mix cutmix": ("mix", "cutmix")}
     *((byol_imix, domain, last, ALL | mixed | {"--symmetric": ("symmetric", True), "--ema 0.9": ("m", 0.9)})
       for domain, last, mixed in (("table", [nn.BatchNorm1d] * 2, STEP), ("images", [nn.Linear] * 2, STEP | MIXED),
                                   ("speech", [nn.BatchNorm1d, nn.Linear], MIXED)))])
-def test_flags_and_recipe_reach_the_loop(monkeypatch, tmp_path, script, domain, last, options):
-    """Each flag changes an argument of pretrain; head, and BYOL's predictor, end as the domain's recipe says."""
+def test_flags_and_recipe_reach_the_loop(capsys, monkeypatch, tmp_path, script, domain, last, options):
+    """Each flag changes an argument of the loader, of pretrain, of the linear evaluation or the networks; head, and BYOL's
+    predictor, end as the domain's recipe says; a second run into the same folder is refused."""
     for i in range(40):
         path = tmp_path / domain / ("ant", "bee")[i % 2] / str(i)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,21 +159,31 @@ def test_flags_and_recipe_reach_the_loop(monkeypatch, tmp_path, script, domain, 
             with wave.open(f"{path}.wav", "wb") as file:
                 file.setparams((1, 2, 16000, 0, "NONE", None))
                 file.writeframes(bytes(range(200)) * 100)
-    calls = []
+    calls, evaluated, loaded = [], [], []
     monkeypatch.setattr(script, "pretrain", lambda *args, **kwargs: calls.append((args, kwargs)))
-    monkeypatch.setattr(common, "linear_eval", lambda *_, **__: {"test_accuracy": 0.0, "train_accuracy": 0.0})
+    monkeypatch.setattr(common, "linear_eval", lambda *args, **kwargs: evaluated.append((args, kwargs)) or {
+        "test_accuracy": 0.0, "train_accuracy": 0.0})
+    load = getattr(common, f"load_{domain}")
+    monkeypatch.setattr(common, f"load_{domain}", lambda *args, **kwargs: loaded.append(kwargs) or load(*args, **kwargs))
     data = {"table": ["--dataset=digits", "--width=1"], "images": ["--image-size=8", "--arch=resnet18"],
             "speech": ["--arch=resnet18"]}[domain]
     data += [] if domain == "table" else [f"--dataset={tmp_path / domain}"]
-    for out, flags in (("plain", []), ("with", " ".join(options).split())):
-        script.main([*data, "--batch-size=16", "--device=cpu", "--out", str(tmp_path / out), *flags])
-    (_, plain), (args, kwargs) = calls
-    for name, value in options.values():
-        given, default = (getattr(a[name], "__name__", a[name]) for a in (kwargs, plain))
-        assert given == value and default != value, name
+    data += ["--batch-size=16", "--device=cpu"]
+    flags = " ".join([*options, *LOAD[domain], "--seed 5 --linear-epochs 7 --dim 32"]).split()
+    for out, more in (("plain", []), ("with", flags)):
+        script.main([*data, "--out", str(tmp_path / out), *more])
+    (plain_args, plain), (args, kwargs) = calls
+    for wanted, (default, given) in ((options, (plain, kwargs)), (LOAD[domain], loaded)):
+        for name, value in wanted.values():
+            was, now = (getattr(a[name], "__name__", a[name]) for a in (default, given))
+            assert now == value and was != value, name
+    assert not torch.equal(*(next(a[0].parameters()) for a in (plain_args, args)))  # another seed, other weights
+    (encoder, _, epochs), seed = evaluated[1]
+    assert encoder is args[0] and epochs == 7 and seed == {"seed": 5}
+    assert ends(capsys, [*data, "--out", tmp_path / "with"], script=script).startswith(f"{tmp_path / 'with'} already holds a run")
     heads = args[1:3] if script is byol_imix else args[1:2]
     assert [type(head[-1]) for head in heads] == last
-    assert all(list(head.parameters())[-1].shape == (128,) for head in heads)
+    assert all(list(head.parameters())[-1].shape == (32,) for head in heads)
 
 
 def pretrain_on(script, device, **options):
@@ -188,13 +217,14 @@ def test_no_value_is_read_inside_an_epoch(monkeypatch, script, options):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("script, options", EVERY_STEP)
-def test_no_synchronisation_inside_an_epoch_on_cuda(recwarn, script, options):
+def test_no_synchronisation_inside_an_epoch_on_cuda(script, options):
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        pretrain_on(script, "cuda", amp=torch.bfloat16, **options)
+        with warnings.catch_warnings(record=True, action="always") as seen:
+            pretrain_on(script, "cuda", amp=torch.bfloat16, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in recwarn if "synchronizing" in str(w.message)]) <= 2 * 3  # as above; none of 8 steps
+    assert len([w for w in seen if "synchronizing" in str(w.message)]) <= 2 * 3  # as above; none of 8 steps
 
 
 def test_simclr_learns(tmp_path):
@@ -219,7 +249,7 @@ def test_a_terminal_sees_the_line_move(tmp_path):
     except OSError:  # the other end is closed
         pass
     assert process.wait() == 0
-    assert re.search(rb"\r\x1b\[Kepoch 1/1  loss -  lr 0\.\d+  [\d,]+ examples/s  0:00:\d\d left\r", shown), shown
+    assert re.search(rb"\r\x1b\[Kepoch 1/1  loss -  lr 0\.\d+  [\d,]+ examples/s  \d+:\d\d:\d\d left\r", shown), shown
     assert b"linear evaluation: test examples" in shown
 
 
@@ -260,12 +290,55 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, script, small, flags):
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
     assert kills >= 2, f"the run of {lasted:.1f} s was over too soon to be killed"
-    subprocess.run(command(*flags, "--out", killed, "--resume", **which), check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    last = subprocess.run(command(*flags, "--out", killed, "--resume", **which), check=True, capture_output=True, text=True,
+                          cwd=ROOT)
+    assert int(re.search(r"^epoch (\d+)/", last.stdout, re.M)[1]) > 1  # it goes on, and does not start anew
     assert log_without_rate(whole) == log_without_rate(killed)
     encoders = [torch.load(out / "encoder.pt", weights_only=True) for out in (whole, killed)]
     assert all(torch.equal(tensor, encoders[1][name]) for name, tensor in encoders[0].items())
     results = [json.loads((out / "result.json").read_text()) | {"seconds": 0} for out in (whole, killed)]
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("script", [npair_tabular, simclr_imix, moco_imix, byol_imix])
+def test_checkpoints_take_a_hundredth_of_the_time(monkeypatch, tmp_path, script):
+    """Epochs of 30 s and a checkpoint of 1 s: after the first epoch, then 100 s after the last one, and at the end."""
+    now, saved = [1000.0], []
+
+    def pretrain(*args, after_epoch, **kwargs):
+        log = []
+        for epoch in range(1, 11):
+            now[0] += 30
+            log.append({"epoch": epoch, "loss": 1.0, "lr": 0.1, "examples_per_s": 1.0})
+            after_epoch(log, lambda: {"log": log})
+
+    def save(value, path):
+        if path.name == "checkpoint.pt":
+            saved.append(len(value["log"]))
+            now[0] += 1
+
+    monkeypatch.setattr(script, "pretrain", pretrain)
+    monkeypatch.setattr(script, "save", save)
+    monkeypatch.setattr(common, "linear_eval", lambda *_, **__: {"test_accuracy": 0.0, "train_accuracy": 0.0})
+    monkeypatch.setattr(script, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    small = TINY if script is simclr_imix else SMALL
+    script.main([*small, "--epochs", "10", "--out", str(tmp_path)])
+    assert saved == [1, 5, 9, 10]
+
+
+@pytest.mark.parametrize("script", [npair_tabular, simclr_imix, moco_imix, byol_imix])
+def test_save_is_whole_or_not_at_all(monkeypatch, tmp_path, script):
+    def full(value, path):
+        Path(path).write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    path = tmp_path / "checkpoint.pt"
+    script.save({"epoch": 1}, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        script.save({"epoch": 2}, path)
+    assert path.read_bytes() == before and torch.load(path, weights_only=True) == {"epoch": 1}
 
 
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path):

@@ -118,13 +118,13 @@ def test_pretrain_is_section_3_1_written_out(mix, loss_function, alpha):
     ours, mix = copy.deepcopy(model), getattr(simclr, mix)
     torch.manual_seed(1)
     log = simclr.pretrain(*ours, loader, alpha=alpha, mix=mix, lr=0.1, loss_function=getattr(simclr, loss_function),
-                          epochs=2, warmup_epochs=0, temperature=0.5)
+                          epochs=2, warmup_epochs=1, temperature=0.5, schedule=simclr.step_schedule, weight_decay=0.1)
     assert log[-1]["loss"] < log[0]["loss"]
 
     torch.manual_seed(1)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
     for step, (x, x_tilde) in enumerate(2 * loader):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * step / 16)) / 2
+        optimizer.param_groups[0]["lr"] = 0.1 * ((step + 1) / 8 if step < 8 else 1 if step < 10 else 0.1 if step < 13 else 0.01)
         x, perm, lam = mix(x, alpha) if alpha else (x, torch.arange(16), torch.ones(16))
         f = F.normalize(model(torch.cat([x, x_tilde])), dim=1)
         if loss_function == "n_pair_loss":
@@ -138,3 +138,12 @@ def test_pretrain_is_section_3_1_written_out(mix, loss_function, alpha):
         loss.backward()
         optimizer.step()
     torch.testing.assert_close(ours.state_dict(), model.state_dict(), rtol=1e-4, atol=1e-3)
+
+
+def test_autocast_reaches_the_networks():
+    seen, inner = [], simclr.n_pair_loss
+    x = torch.randn(16, 1, 4, 4)
+    encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten())
+    simclr.pretrain(encoder, simclr.projection_head(16, 8), [(x, x)], epochs=1, warmup_epochs=0, amp=torch.bfloat16,
+                    loss_function=lambda f, *rest: seen.append(f.dtype) or inner(f, *rest))
+    assert seen == [torch.bfloat16]

@@ -317,7 +317,16 @@ def test_speech_commands_by_torchaudios_lists(tmp_path, capsys):
             assert words[y[i]] == label
             assert np.array_equal(x[i], common.read_wav(tmp_path / "SpeechCommands" / name))
     assert data.num_classes == 3 and data.eval_view is None
-    assert data.view(data.x_train[:5]).shape == data.plain(data.x_train[:5]).shape == (5, 1, 32, 32)
+    x = data.x_train / 32768
+    torch.testing.assert_close(data.plain(data.x_train), log_mel(x))
+    noise = np.zeros(48000)
+    noise[:40000] = common.read_wav(folder / "_background_noise_" / "hiss.wav") / 32768
+    noise = common.stft(torch.tensor(noise.reshape(3, 16000), dtype=torch.float32))
+    views = []
+    for make in (lambda: data.view(data.x_train), lambda: common.speech_view(x, noise)):
+        torch.manual_seed(0)
+        views.append(make())
+    torch.testing.assert_close(*views)
 
 
 def test_the_papers_twelve_classes(tmp_path, capsys):
