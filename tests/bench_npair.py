@@ -81,16 +81,16 @@ def main():
     loader = common.TwoViews(x, view, N)
     folder = Path(tempfile.mkdtemp())
 
-    saved, cost = time.monotonic(), 0.0
+    due = 0.0
 
     def after_epoch(log, get_state):  # main()'s
-        nonlocal saved, cost
+        nonlocal due
         with open(folder / "log.csv", "a") as file:
             print(*log[-1].values(), sep=",", file=file)
         start = time.monotonic()
-        if start - saved > 100 * cost:
+        if start > due:
             npair.save(get_state(), folder / "checkpoint.pt")
-            saved, cost = time.monotonic(), time.monotonic() - start
+            due = time.monotonic() + 100 * (time.monotonic() - start)
 
     def loop():  # two epochs
         with contextlib.redirect_stdout(io.StringIO()):

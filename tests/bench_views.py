@@ -3,11 +3,11 @@
 
     python tests/bench_views.py
 
-Ours: common.image_view on the whole batch, on the device. PIL: torchvision's transforms on PIL images in a DataLoader
-(what the paper's code does), one worker a core. v2: torchvision.transforms.v2 on tensors, image by image, in the same
-process. torchaudio, for speech: its transforms clip by clip in a DataLoader, against common.speech_view. Rates are two-view
-examples a second and, on the CPU, a core. Also the share of a pre-training step that the views take, and that step
-against the bare network step on resident tensors.
+Ours: common.image_view on the whole batch, on the device. The others make their views one by one, in a DataLoader with a
+worker a core. PIL: torchvision's transforms on PIL images (what the paper's code does). v2: torchvision.transforms.v2 on
+tensors. torchaudio, for speech: its transforms, against common.speech_view. Rates are two-view examples a second and, on
+the CPU, a core. Also the share of a pre-training step that the views take, and that step against the bare network step on
+resident tensors.
 """
 
 import argparse
@@ -35,12 +35,16 @@ from bench_npair import seconds
 MEAN, STD = common.CIFAR["cifar10"][4:]
 
 
-class TwoPILViews(torch.utils.data.Dataset):
-    def __init__(self, images):
-        self.images = [v1.functional.to_pil_image(image) for image in images]
-        self.transform = v1.Compose([
-            v1.RandomResizedCrop(32, scale=(0.2, 1.0)), v1.RandomApply([v1.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            v1.RandomGrayscale(p=0.2), v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(MEAN, STD)])
+def in_workers(data, n, cores):
+    return torch.utils.data.DataLoader(data, n, shuffle=True, drop_last=True, num_workers=cores, persistent_workers=True)
+
+
+class TwoImageViews(torch.utils.data.Dataset):
+    def __init__(self, images, to_float, t):
+        self.images = images
+        self.transform = t.Compose([
+            t.RandomResizedCrop(32, scale=(0.2, 1.0)), t.RandomApply([t.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            t.RandomGrayscale(p=0.2), t.RandomHorizontalFlip(), to_float, t.Normalize(MEAN, STD)])
 
     def __len__(self):
         return len(self.images)
@@ -50,7 +54,7 @@ class TwoPILViews(torch.utils.data.Dataset):
 
 
 class TwoClipViews(torch.utils.data.Dataset):
-    """What common.speech_view does, with torchaudio's transforms, clip by clip."""
+    """The augmentations of common.speech_view by torchaudio: it resamples with a filter and stretches by phase vocoder."""
 
     def __init__(self, clips, noise):
         self.clips, self.noise = clips, noise
@@ -85,37 +89,28 @@ class TwoClipViews(torch.utils.data.Dataset):
 
 
 def bench_speech(n, rounds, device, cores):
-    clips = torch.randint(-9000, 9000, (2 * n, 16000), dtype=torch.int16)
+    clips = torch.randint(-9000, 9000, (max(2, cores) * n, 16000), dtype=torch.int16)  # work for every worker
     noise = torch.randn(20, 16000) / 9
     resident, resident_noise = clips.to(device), common.stft(noise.to(device))
-    one_by_one = torch.utils.data.DataLoader(TwoClipViews(clips, noise.flatten()), n, shuffle=True, drop_last=True,
-                                             num_workers=cores, persistent_workers=True)
+    one_by_one = in_workers(TwoClipViews(clips, noise.flatten()), n, cores)
 
-    def ours():
-        for _ in common.TwoViews(resident, lambda x: common.speech_view(x / 32768, resident_noise), n):
-            pass
-
-    def through_torchaudio():
-        for _ in one_by_one:
-            pass
-
-    ours(), through_torchaudio()  # warm up; starts the workers
-    rates = {"ours": [], "torchaudio": []}
-    for _ in range(rounds):
-        rates["ours"].append(2 * n / seconds(ours, device))
-        rates["torchaudio"].append(2 * n / seconds(through_torchaudio, device))
-    print(f"Two views of clips of a second, batch {n}, medians of {rounds} rounds")
-    report(rates, device, cores)
+    ours = common.TwoViews(resident, lambda x: common.speech_view(x / 32768, resident_noise), n)
+    compare(f"clips of a second, batch {n}", {"ours": ours, "torchaudio": one_by_one}, len(clips), rounds, device, cores)
 
 
-def report(rates, device, cores):
-    """Print a line for each way: its rate, in all and per core, and how often ours is as fast, round by round."""
-    for name, values in rates.items():
+def compare(title, loaders, examples, rounds, device, cores):
+    """Print a line for each loader: its rate, in all and per core, and how often ours is as fast, round by round."""
+    rates = {name: [] for name in loaders}
+    for _ in range(1 + rounds):
+        for name, loader in loaders.items():
+            rates[name].append(examples / seconds(lambda: [None for _ in loader], device))
+    print(f"Two views of {title}, medians of {rounds} rounds")
+    for name, (_, *values) in rates.items():  # the first warms up and starts the workers
         rate = statistics.median(values)
-        times = statistics.median(a / b for a, b in zip(rates["ours"], values))
+        times = statistics.median(a / b for a, b in zip(rates["ours"][1:], values))
         on_device = name == "ours" and device.type == "cuda"
         print(f"  {name:10} {rate:10,.0f} examples/s  {rate / (1 if on_device else cores):10,.0f} a "
-              f"{'device' if on_device else 'core'}   ours is {times:.1f} times as fast")
+              f"{'device' if on_device else 'core'}   ours is {times:.1f} times as fast", flush=True)
 
 
 def main():
@@ -128,41 +123,20 @@ def main():
     amp = simclr.autocast_dtype("auto", device)
     torch.manual_seed(0)
     # Images of smooth shapes, so that hue, crop and contrast have something to do.
-    images = nn.functional.interpolate(torch.rand(8 * n, 3, 6, 6), size=32, mode="bicubic").clamp(0, 1).mul(255).byte()
+    images = torch.rand(max(8, cores) * n, 3, 6, 6)
+    images = nn.functional.interpolate(images, size=32, mode="bicubic").clamp(0, 1).mul(255).byte()
     resident = images.to(device)
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
 
     def view(x):
         return (common.image_view(x / 255) - mean) / std
 
-    pil = torch.utils.data.DataLoader(TwoPILViews(images), n, shuffle=True, drop_last=True, num_workers=cores,
-                                      persistent_workers=True)
-    one = v2.Compose([
-        v2.RandomResizedCrop(32, scale=(0.2, 1.0)), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        v2.RandomGrayscale(p=0.2), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-
-    def ours():
-        for _ in common.TwoViews(resident, view, n):
-            pass
-
-    def through_pil():
-        for _ in pil:
-            pass
-
-    def through_v2():
-        for image in images[:n]:
-            one(image), one(image)
-
-    ours(), through_pil(), through_v2()  # warm up; starts the workers
-    rates = {"ours": [], "PIL": [], "v2": []}
-    for _ in range(args.rounds):
-        rates["ours"].append(8 * n / seconds(ours, device))
-        rates["PIL"].append(8 * n / seconds(through_pil, device))
-        rates["v2"].append(n / seconds(through_v2, device))
-    del pil
+    pil = in_workers(TwoImageViews([v1.functional.to_pil_image(image) for image in images], v1.ToTensor(), v1), n, cores)
+    tensors = in_workers(TwoImageViews(images, v2.ToDtype(torch.float32, scale=True), v2), n, cores)
+    loaders = {"ours": common.TwoViews(resident, view, n), "PIL": pil, "v2": tensors}
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {cores} cores"
-    print(f"Two views of 32 x 32 images, batch {n}, {where}, torch {torch.__version__}, medians of {args.rounds} rounds")
-    report(rates, device, cores)
+    compare(f"32 x 32 images, batch {n}, {where}, torch {torch.__version__}", loaders, len(images), args.rounds, device, cores)
+    del loaders, pil, tensors  # and their workers
 
     def networks():
         encoder, head = simclr.resnet("resnet18", 3, 32), simclr.projection_head(512, 128)
