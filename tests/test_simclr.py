@@ -111,20 +111,20 @@ def test_resnet_for_large_images_and_one_channel():
 def test_pretrain_is_section_3_1_written_out(mix, loss_function, alpha):
     """Only the anchors are mixed, in one pass with the other views; the loss falls."""
     torch.manual_seed(0)
-    x = torch.randn(16, 1, 8, 8)
+    x = torch.randn(16, 1, 8, 8, dtype=torch.float64)  # in float32, rounding alone sets two runs apart
     loader = [(x, x + 0.1 * torch.randn_like(x)) for _ in range(8)]
     model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()),
-                          simclr.projection_head(288, 16))
+                          simclr.projection_head(288, 16)).double()
     ours, mix = copy.deepcopy(model), getattr(simclr, mix)
     torch.manual_seed(1)
-    log = simclr.pretrain(*ours, loader, alpha=alpha, mix=mix, lr=0.1, loss_function=getattr(simclr, loss_function),
+    log = simclr.pretrain(*ours, loader, alpha=alpha, mix=mix, lr=0.01, loss_function=getattr(simclr, loss_function),
                           epochs=2, warmup_epochs=1, temperature=0.5, schedule=simclr.step_schedule, weight_decay=0.1)
     assert log[-1]["loss"] < log[0]["loss"]
 
     torch.manual_seed(1)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=0.1)
     for step, (x, x_tilde) in enumerate(2 * loader):
-        optimizer.param_groups[0]["lr"] = 0.1 * ((step + 1) / 8 if step < 8 else 1 if step < 10 else 0.1 if step < 13 else 0.01)
+        optimizer.param_groups[0]["lr"] = 0.01 * ((step + 1) / 8 if step < 8 else 1 if step < 10 else 0.1 if step < 13 else 0.01)
         x, perm, lam = mix(x, alpha) if alpha else (x, torch.arange(16), torch.ones(16))
         f = F.normalize(model(torch.cat([x, x_tilde])), dim=1)
         if loss_function == "n_pair_loss":
@@ -137,7 +137,7 @@ def test_pretrain_is_section_3_1_written_out(mix, loss_function, alpha):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    torch.testing.assert_close(ours.state_dict(), model.state_dict(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(ours.state_dict(), model.state_dict(), rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_reaches_the_networks():
