@@ -273,7 +273,7 @@ def start(out, *flags, **which):
 
 @pytest.mark.parametrize("script, small, flags", [
     ("npair_tabular.py", SMALL, ["--epochs", "30", "--width", "4"]),
-    ("simclr_imix.py", TINY, ["--epochs", "6", "--mix", "cutmix"]),
+    ("simclr_imix.py", TINY, ["--epochs", "4", "--mix", "cutmix"]),
     ("moco_imix.py", SMALL, ["--epochs", "30", "--width", "4", "--queue", "1000"]),
     ("byol_imix.py", SMALL, ["--epochs", "30", "--width", "4"])])
 def test_killed_and_resumed_is_bit_identical(tmp_path, script, small, flags):
