@@ -171,7 +171,7 @@ def pretrain(encoder, head, predictor, loader, *, alpha=1.0, mix=mixup, m=0.999,
     """
     model, device = nn.Sequential(encoder, head), next(encoder.parameters()).device
     model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
-    ema = copy.deepcopy(model.train()).requires_grad_(False)  # in train mode for good: BatchNorm of the batch
+    ema = copy.deepcopy(model.train()).requires_grad_(False)  # stays in train mode: BatchNorm of the batch
     model.append(predictor)  # from here on g(f(x)): the EMA has no predictor
     forward, forward_ema = (torch.compile(net) if compile else net for net in (model, ema))
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=weight_decay, fused=True)

@@ -199,7 +199,7 @@ def pretrain(encoder, head, loader, *, alpha=1.0, mix=mixup, m=0.999, queue_size
     """
     model, device = nn.Sequential(encoder, head), next(encoder.parameters()).device
     model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
-    ema = copy.deepcopy(model.train()).requires_grad_(False)  # in train mode for good: BatchNorm of the batch
+    ema = copy.deepcopy(model.train()).requires_grad_(False)  # stays in train mode: BatchNorm of the batch
     D = list(head.parameters())[-1].shape[0]
     queue, pointer = F.normalize(torch.randn(queue_size, D, device=device), dim=1), 0  # mu, at first random  (K, D)
     forward, forward_ema = (torch.compile(net) if compile else net for net in (model, ema))
