@@ -1,57 +1,70 @@
 # SPDX-License-Identifier: MIT
-"""MoCo with i-Mix on images, speech and tables: Section 3.2 of Lee et al., "i-Mix: A Domain-Agnostic Strategy for
-Contrastive Representation Learning", ICLR 2021, https://arxiv.org/abs/2010.08887.
+"""MoCo with i-Mix on images, speech and tables: Section 3.2 of Lee et al., "i-Mix: A
+Domain-Agnostic Strategy for Contrastive Representation Learning", ICLR 2021,
+https://arxiv.org/abs/2010.08887
 
-    python moco_imix.py                                         # CIFAR-10, MoCo + i-Mix: the paper's recipe
-    python moco_imix.py --alpha 0                               # without i-Mix: MoCo v2 with in-batch negatives
-    python moco_imix.py --dataset covtype --width 8             # a table, half an hour on a CPU: test accuracy 63.0 %
-    python moco_imix.py --dataset covtype --width 8 --alpha 0   # without i-Mix: 59.4 % (one seed; README.md)
+    python moco_imix.py                                         # CIFAR-10, MoCo + i-Mix
+    python moco_imix.py --alpha 0                               # without i-Mix
+    python moco_imix.py --dataset covtype --width 8             # half an hour on a CPU: 63.0 %
+    python moco_imix.py --dataset covtype --width 8 --alpha 0   # 59.4 % (1 seed; README.md)
     python moco_imix.py --dataset speech_commands               # speech, its recipe
-    python moco_imix.py --dataset my_images --arch resnet18     # your own: train/CLASS/* and test/CLASS/*; WORD/*.wav
+    python moco_imix.py --dataset my_images --arch resnet18     # your own: CLASS/* or WORD/*.wav
     python moco_imix.py --dataset my.csv --label-column kind    # your own table
+    torchrun --nproc_per_node=4 moco_imix.py                    # four GPUs, the same batch of N
+
+One step, in the paper's symbols:
+
+    x, x_tilde = view(images), view(images)     # two views of N examples
+    x, perm, lam = mixup(x, alpha)              # x_i <- lam_i x_i + (1 - lam_i) x_j,  j = perm[i]
+    f, f_ema = model(x), ema(x_tilde)           # (N, D) each; f_ema, the keys, without gradient
+    loss = lam * l(f, i) + (1 - lam) * l(f, j)  # l(f, n): f_ema_n against all of f_ema and queue
+    theta <- theta - lr * gradient; theta_EMA <- m theta_EMA + (1 - m) theta; queue <- f_ema
 """
 
 import argparse
-import contextlib
 import copy
-import glob
 import json
 import math
 import os
-import shlex
-import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-# ------------------------------------------------------------------------------------------------- mixing (Section 2)
+# ---------------------------------------------------------------------------- mixing (Section 2)
 def mixup(x, alpha):
-    """Mix each example with a random partner: MixUp (Section 2).
+    """MixUp: mix each example with a random partner.
 
-    x: (N, ...) float; alpha > 0, of Beta(alpha, alpha). Returns x_mix (N, ...); perm (N,) int64, each example's
-    partner j; lam (N,) in [0.5, 1], the share that x_i keeps (folded to the larger share, as in the published code).
+    x: (N, ...) float; alpha > 0. Returns x_mix (N, ...); perm (N,) int64, the partners j; lam (N,)
+    in [0.5, 1], the share that x_i keeps: x_mix[i] = lam[i] x[i] + (1 - lam[i]) x[perm[i]].
     """
-    a = torch.full((len(x),), float(alpha), device=x.device)
-    lam = torch.distributions.Beta(a, a, validate_args=False).sample()  # lambda_i ~ Beta(alpha, alpha)  (N,)
-    lam = torch.maximum(lam, 1 - lam)
-    perm = torch.randperm(len(x), device=x.device)  # j = perm[i]  (N,)
-    lam_x = lam.view(-1, *[1] * (x.dim() - 1))  # (N, 1, ...)
-    return lam_x * x + (1 - lam_x) * x[perm], perm, lam  # Mix(x_i, x_j; lambda) = lambda x_i + (1 - lambda) x_j
+    N = len(x)
+    concentration = torch.full((N,), float(alpha), device=x.device)
+    beta = torch.distributions.Beta(concentration, concentration, validate_args=False)
+    lam = beta.sample()  # lambda_i ~ Beta(alpha, alpha)  (N,)
+    lam = torch.maximum(lam, 1 - lam)  # x_i keeps the larger share, as in the published code
+    perm = torch.randperm(N, device=x.device)  # j = perm[i]  (N,)
+    share = lam.view(N, *[1] * (x.dim() - 1))  # (N, 1, ...)
+    return share * x + (1 - share) * x[perm], perm, lam
 
 
 def cutmix(x, alpha):
-    """Paste a box of a random partner into each image: CutMix (Section 2); one box and one lambda serve the batch.
+    """CutMix: paste a box of a random partner into each image; one box serves the batch.
 
-    x: (N, C, H, W) float; alpha and what is returned: as of mixup, lam being the share of pixels that x_i really keeps.
+    x: (N, C, H, W) float; alpha > 0. Returns x_mix, perm, lam as mixup does; lam is the share of
+    pixels that x_i really keeps.
     """
-    a = torch.full((1,), float(alpha), device=x.device)
-    lam = torch.distributions.Beta(a, a, validate_args=False).sample()  # lambda ~ Beta(alpha, alpha)  (1,)
+    concentration = torch.full((1,), float(alpha), device=x.device)
+    beta = torch.distributions.Beta(concentration, concentration, validate_args=False)
+    lam = beta.sample()  # lambda ~ Beta(alpha, alpha)  (1,)
     side = (1 - torch.maximum(lam, 1 - lam)).sqrt()  # the box's, as a share of the image's
     perm = torch.randperm(len(x), device=x.device)  # j = perm[i]  (N,)
     inside = []
@@ -64,76 +77,74 @@ def cutmix(x, alpha):
     return torch.where(box, x[perm], x), perm, lam  # M * x_i + (1 - M) * x_j
 
 
-# ------------------------------------------------------------------------------------------------- loss (Section 3.2)
-class LogSumExp(torch.autograd.Function):
-    """log sum_k exp(q_i . k) over the keys k (M, D); q: (N, D) -> (N,). Gradient flows into q alone.
-
-    The gradient is the softmax's mean key: found in the forward pass, it leaves no (N, M) logits to keep or go through.
-    """
-    @staticmethod
-    def forward(ctx, q, keys):
-        logits = q @ keys.T  # (N, M)
-        top = logits.amax(1, keepdim=True)  # (N, 1)
-        p = logits.sub_(top).exp_()  # without overflow  (N, M)
-        total = p.sum(1, keepdim=True)  # (N, 1)
-        ctx.save_for_backward(p @ keys / total)  # (N, D)
-        return (top + total.log())[:, 0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return grad[:, None] * ctx.saved_tensors[0], None
-
-
+# ---------------------------------------------------------------------------- loss (Section 3.2)
 def moco_loss(f, f_ema, queue, temperature, perm=None, lam=None):
-    """MoCo's loss of N + K classes (Section 3.2), with i-Mix where perm and lam are what the mixing returned; a scalar.
+    """l_MoCo of N + K classes, with i-Mix where perm and lam, both (N,), are what mixing returned.
 
-    f: (N, D) raw embeddings of the (mixed) anchors. f_ema: (N, D), of their other views, by the EMA encoder: the keys;
-    queue: (K, D), earlier keys, normalised. No gradient flows into either. MoCo's own loss has 1 + K classes, one's own
-    key and the queue, so that x_j's key is none of x_i's; all N keys of the batch beside the queue make labels mixable.
+    f: (N, D), raw embeddings of the (mixed) anchors; f_ema: (N, D), the EMA encoder's of their
+    other views, the keys; queue: (K, D), normalised keys of earlier batches. No gradient flows
+    into either. Returns the batch mean. MoCo's own loss has 1 + K classes, where x_j's key is none
+    of x_i's; with all N keys of the batch beside the queue the labels can be mixed.
     """
-    with torch.autocast(f.device.type, enabled=False):  # float32 logits: bf16 would round s / tau away
-        f = F.normalize(f.float(), dim=1) / temperature  # so that f_i . k = s(f_i, k) / tau  (N, D)
-        f_ema = F.normalize(f_ema.detach().float(), dim=1)  # (N, D)
-        log_z = LogSumExp.apply(f, torch.cat([f_ema, queue]))  # log of the denominator, over f~EMA_n, mu_k  (N,)
-        loss_i = log_z - (f * f_ema).sum(1)  # l(x_i, v_i), the key of the own view being the class  (N,)
-        if perm is None:
-            return loss_i.mean()
-        loss_j = log_z - (f * f_ema[perm]).sum(1)  # l(x_i, v_j)  (N,)
-        return (lam * loss_i + (1 - lam) * loss_j).mean()
+    with torch.autocast(f.device.type, enabled=False):  # bf16 would round s / tau away
+        f = F.normalize(f.float(), dim=1)
+        f_ema = F.normalize(f_ema.detach().float(), dim=1)
+        keys = torch.cat([f_ema, queue])  # f~EMA_n, mu_k  (N + K, D)
+        logits = f @ keys.T / temperature  # s(f_i, key) / tau  (N, N + K)
+        log_p = F.log_softmax(logits, dim=1)  # over the N + K classes
+        loss = -log_p.diagonal()  # l(x_i, v_i)  (N,)
+        if perm is not None:
+            loss_j = -log_p.gather(1, perm[:, None]).squeeze(1)  # l(x_i, v_j)  (N,)
+            loss = lam * loss + (1 - lam) * loss_j
+        return loss.mean()
 
 
-def enqueue(queue, f_ema, pointer):
-    """Put the keys f_ema (N, D), normalised, in the place of queue's (K, D) oldest; returns the next place to fill.
+def enqueue(queue, f_ema):
+    """The queue (K, D) after a step: the keys f_ema (N, D) enter, normalised, the oldest leave."""
+    keys = F.normalize(f_ema.detach().float(), dim=1)
+    return torch.cat([keys, queue])[: len(queue)]
 
-    The queue is a ring: places pointer, pointer + 1, ... modulo K. Of more than K keys the last K stay.
+
+@torch.no_grad()
+def update_ema(ema, model, m):
+    """theta_EMA <- m theta_EMA + (1 - m) theta, in place.
+
+    BatchNorm's running statistics are not averaged: as in MoCo, the EMA network keeps those of
+    what it has seen.
     """
-    keys = F.normalize(f_ema.float(), dim=1)[-len(queue):]
-    queue.index_copy_(0, (torch.arange(len(keys), device=queue.device) + pointer) % len(queue), keys)
-    return (pointer + len(keys)) % len(queue)
+    for theta_ema, theta in zip(ema.parameters(), model.parameters()):
+        theta_ema.lerp_(theta, 1 - m)
 
 
-# ------------------------------------------------------------------------------------------------ networks (recipes)
+# ---------------------------------------------------------------------------- networks
 class MLP5Layer(nn.Module):
-    """The recipe's encoder `mlp_5layer`: (N, sum(groups)) -> (N, 32 width); groups: each column group's columns."""
+    """The encoder for tables: (N, sum(groups)) -> (N, 32 width).
+
+    groups: how many columns each group of columns has, in their order.
+    """
 
     def __init__(self, groups, width):
         super().__init__()
         self.groups = list(groups)
         self.embed = nn.ModuleList(nn.Linear(columns, 64) for columns in groups)
-        sizes = [64 * len(groups), 32 * width, 32 * width, 64 * width, 64 * width]
-        layers = [[nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(inplace=True)] for a, b in zip(sizes, sizes[1:])]
-        self.layers = nn.Sequential(*sum(layers, []), nn.Linear(64 * width, 128 * width))
+        layers, size = [], 64 * len(groups)
+        for out in (32 * width, 32 * width, 64 * width, 64 * width):
+            layers += [nn.Linear(size, out), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
+            size = out
+        self.layers = nn.Sequential(*layers, nn.Linear(size, 128 * width))
 
     def forward(self, x):
-        h = [embed(part) for embed, part in zip(self.embed, x.split(self.groups, dim=1))]  # (N, 64) each
-        return self.layers(torch.cat(h, dim=1)).unflatten(1, (-1, 4)).max(2).values  # maxout: (N, 32 width)
+        parts = x.split(self.groups, dim=1)
+        h = [embed(part) for embed, part in zip(self.embed, parts)]  # (N, 64) each
+        h = self.layers(torch.cat(h, dim=1))  # (N, 128 width)
+        return h.unflatten(1, (-1, 4)).max(2).values  # maxout of four  (N, 32 width)
 
 
 def resnet(arch, channels, size):
-    """torchvision's ResNet without its last layer: (N, channels, size, size) -> (N, 512 or, of ResNet-50, 2048).
+    """torchvision's ResNet without its last layer: (N, channels, size, size) -> (N, 512 or 2048).
 
-    For images of up to 64 pixels the stem is a 3x3 convolution of stride 1 without max-pool.
+    2048 is ResNet-50's. For images of up to 64 pixels the stem is a 3x3 convolution of stride 1
+    without max-pool.
     """
     net = torchvision.models.get_model(arch)
     kernel, stride = (3, 1) if size <= 64 else (7, 2)
@@ -146,326 +157,369 @@ def resnet(arch, channels, size):
 
 
 def projection_head(size, dim):
-    """The recipe's projection head, dropped after pre-training, and BYOL's predictor: (N, size) -> (N, dim).
-
-    Without its last BatchNorm, projection_head(size, dim)[:-1], it is MoCo's and BYOL's head for images, and BYOL's
-    predictor for images and speech.
-    """
+    """Linear - BatchNorm - ReLU - Linear - BatchNorm: (N, size) -> (N, dim)."""
     return nn.Sequential(nn.Linear(size, size), nn.BatchNorm1d(size), nn.ReLU(inplace=True),
                          nn.Linear(size, dim), nn.BatchNorm1d(dim))
 
 
-# ------------------------------------------------------------------------------------------------------- pre-training
+# ---------------------------------------------------------------------------- recipe
+def flag(default, help, low=-math.inf, below=math.inf, choices=None):
+    """A field of Args: its default, a line of help, and its bounds, low <= value < below."""
+    return field(default=default, metadata=dict(help=help, low=low, below=below, choices=choices))
+
+
+@dataclass
+class Args:
+    """The recipe published for CIFAR; each field is a flag. pretrain() reads those up to seed."""
+
+    alpha: float = flag(1.0, "of Beta(alpha, alpha); 0: without i-Mix", 0, 1e6)
+    mix: str = flag("mixup", "how i-Mix mixes; cutmix: images", choices=["mixup", "cutmix"])
+    ema: float = flag(0.999, "m of the EMA encoder", 0, 1)
+    queue: int = flag(4096, "K, the keys of earlier batches", 1, 1e8)
+    temperature: float = flag(0.2, "tau", 1e-12)
+    epochs: int = flag(1000, "of pre-training", 1, 1e6)
+    lr: float = flag(0.125, "learning rate per 256 examples", 1e-12)
+    schedule: str = flag("cosine", "of the learning rate", choices=["cosine", "step"])
+    warmup_epochs: int = flag(10, "at most a quarter of --epochs", 0, 1e6)
+    weight_decay: float = flag(1e-4, "of SGD", 0)
+    amp: str = flag("auto", "auto: bf16 or fp16 on CUDA", choices=["auto", "bf16", "fp16", "off"])
+    compile: bool = flag(False, "torch.compile the networks")
+    eval_every: int = flag(0, "epochs between linear evaluations; 0: only at the end", 0, 1e6)
+    seed: int = flag(0, "of weights, order, views and mixing", 0, 1e6)
+
+    batch_size: int = flag(256, "N, of all processes together", 2, 1e6)
+    mask: float = flag(0.2, "table: chance that a view zeroes a continuous value", 0, 1)
+    no_augment: bool = flag(False, "both views are the plain input")
+    arch: str = flag("resnet50", "image, speech: encoder",
+                     choices=["resnet18", "resnet34", "resnet50"])
+    width: int = flag(64, "table: w of the encoder, whose representations are 32 w long", 1, 1e6)
+    dim: int = flag(128, "D, the embeddings' size", 1, 1e6)
+    linear_epochs: int = flag(100, "of the linear evaluation", 1, 1e6)
+
+    dataset: str = flag("cifar10", "cifar10, cifar100, speech_commands, covtype, digits, or a path")
+    data_dir: str = flag("data", "where data sets lie, or are downloaded to")
+    image_size: int = flag(32, "folder: pixels to which its images are resized", 1, 4097)
+    train_size: int = flag(None, "image, speech: train on a stratified subset of so many", 1)
+    speech_version: str = flag("v0.01", "of Speech Commands", choices=["v0.01", "v0.02"])
+    label_column: str = flag(None, "CSV: the labels, for the linear evaluation alone")
+    test_share: float = flag(0.2, "CSV: of the rows", 1e-12, 1)
+    standardize: str = flag("train", "by which rows' mean, deviation", choices=["train", "all"])
+    device: str = flag("auto", "auto (CUDA, else the CPU), cpu, cuda, cuda:1, mps")
+    out: str = flag(None, "run folder; default: runs/SCRIPT-DATASET-alphaA-seedS")
+    resume: bool = flag(False, "go on with the run in the run folder, if there is one")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, low, below = getattr(self, f.name), f.metadata["low"], f.metadata["below"]
+            if f.type in (int, float) and value is not None and not low <= value < below:
+                name = f.name.replace("_", "-")
+                raise ValueError(f"--{name} {value}: not from {low:g} to below {below:g}")
+        self.warmup_epochs = min(self.warmup_epochs, self.epochs // 4)
+
+
+RECIPES = {  # what differs from Args by domain
+    "image": {},
+    "speech": {"temperature": 0.5, "epochs": 500, "schedule": "step", "warmup_epochs": 5},
+    "table": {"alpha": 2.0, "temperature": 0.1, "epochs": 500, "batch_size": 512, "mask": 0.0},
+}
+BASELINES = {"table": {"mask": 0.2}}  # what differs from that with alpha 0
+
+
+# ---------------------------------------------------------------------------- pre-training
 def cosine_schedule(step, steps, warmup):
-    """The share of the learning rate at step 0, 1, ... of steps: linear warm-up to 1, then cosine decay towards 0."""
+    """The share of the learning rate at step 0, 1, ... of steps: linear warm-up, then cosine."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def step_schedule(step, steps, warmup):
-    """As cosine_schedule, but after the warm-up x 0.1 at 60 % and at 80 % of the steps: the recipe for speech."""
+    """As cosine_schedule, but x 0.1 after 60 % and 80 % of the steps: the recipe of speech."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
 
 
-def show(epoch, epochs, loss, lr, rate, left, end="\n"):
-    """Print how far pre-training is, over the terminal's last line; rate in examples/s, left in examples."""
-    left = timedelta(seconds=round(left / rate))
-    text = f"epoch {epoch}/{epochs}  loss {loss}  lr {lr:.4f}  {rate:,.0f} examples/s  {left} left"
-    print("\r\x1b[K" * sys.stdout.isatty() + text, end=end, flush=True)
-
-
-@torch.no_grad()
-def update_ema(ema, model, m):
-    """theta_EMA <- m theta_EMA + (1 - m) theta, in place, in one call for all parameters.
-
-    BatchNorm's running statistics are not averaged: as in MoCo, the EMA encoder keeps those of what it has seen.
-    """
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - m)
-
-
-def pretrain(encoder, head, loader, *, alpha=1.0, mix=mixup, m=0.999, queue_size=4096, epochs=1000, lr=0.125,
-             schedule=cosine_schedule, weight_decay=1e-4, temperature=0.2, warmup_epochs=10, amp=None, compile=False,
-             state=None, after_epoch=lambda log, get_state: None):
-    """Pre-train encoder and head, in place, on the device that they are on; returns the log, a dict an epoch.
-
-    loader: any iterable with a len() that yields (x, x_tilde), two float views (N, ...) of one batch. alpha: of
-    Beta(alpha, alpha); 0: the (N + K)-way loss, unmixed. mix: mixup or cutmix. m: of the EMA. queue_size: K. lr: at
-    this batch size, 0.125 N/256 in the recipe. schedule: cosine_schedule or step_schedule. amp: None, torch.bfloat16 or
-    torch.float16. after_epoch(log, get_state) is called after each epoch; what get_state() returned in an earlier run,
-    saved there and then, is the state to go on from. Raises FloatingPointError once the loss is no longer finite.
-    """
-    model, device = nn.Sequential(encoder, head), next(encoder.parameters()).device
-    model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
-    ema = copy.deepcopy(model.train()).requires_grad_(False)  # stays in train mode: BatchNorm of the batch
-    D = list(head.parameters())[-1].shape[0]
-    queue, pointer = F.normalize(torch.randn(queue_size, D, device=device), dim=1), 0  # mu, at first random  (K, D)
-    forward, forward_ema = (torch.compile(net) if compile else net for net in (model, ema))
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=weight_decay, fused=True)
-    for p in model.parameters():  # else fused SGD leaves them uninitialised where fp16 overflows in the first step
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    if state:
-        for name, part in parts.items():
-            if state[name]:  # the scaler's is empty where fp16 was off
-                part.load_state_dict(state[name])
-        queue.copy_(state["queue"])
-        pointer = state["pointer"]
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["rng_cuda"][: torch.cuda.device_count()])
-    log, steps, last_loss = list(state["log"]) if state else [], len(loader), "-"
-
-    def get_state():
-        rng = {"rng": torch.get_rng_state(), "rng_cuda": torch.cuda.get_rng_state_all()}
-        keys = {"queue": queue, "pointer": pointer}
-        return {name: part.state_dict() for name, part in parts.items()} | keys | rng | {"log": log}
-
-    for epoch in range(len(log) + 1, epochs + 1):
-        model.train()
-        start = shown = time.monotonic()
-        total = torch.zeros((), device=device)
-        for i, (x, x_tilde) in enumerate(loader):
-            x, x_tilde = x.to(device, non_blocking=True), x_tilde.to(device, non_blocking=True)  # (N, ...) each
-            step = (epoch - 1) * steps + i
-            optimizer.param_groups[0]["lr"] = lr_now = lr * schedule(step, epochs * steps, warmup_epochs * steps)
-            x, *mixed = mix(x, alpha) if alpha > 0 else (x,)  # only the anchors are mixed; mixed: perm, lam  (N,) each
-            # No shuffled BatchNorm: on one device it sees the whole batch, whose order does not matter to it.
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                f = forward(x)  # (N, D)
-                with torch.no_grad():
-                    f_ema = forward_ema(x_tilde)  # the keys  (N, D)
-            loss = moco_loss(f, f_ema, queue, temperature, *mixed)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            update_ema(ema, model, m)
-            pointer = enqueue(queue, f_ema, pointer)
-            total += loss.detach()
-            if sys.stdout.isatty() and (now := time.monotonic()) - shown > 1:  # and no wait for this step's loss
-                shown, rate = now, (i + 1) * len(x) / (now - start)
-                show(epoch, epochs, last_loss, lr_now, rate, (epochs * steps - step - 1) * len(x), end="")
-        mean_loss = float(total) / steps  # waits for the device, once an epoch
-        weights = sum(p.detach().sum() for p in model.parameters())
-        if not math.isfinite(mean_loss + float(weights)):  # the weights too: the last step may have broken them
-            raise FloatingPointError(f"the loss is no longer finite in epoch {epoch}")
-        rate, last_loss = steps * len(x) / (time.monotonic() - start), f"{mean_loss:.4f}"
-        log.append({"epoch": epoch, "loss": mean_loss, "lr": lr_now, "examples_per_s": round(rate, 1)})
-        show(epoch, epochs, last_loss, lr_now, rate, (epochs - epoch) * steps * len(x))
-        after_epoch(log, get_state)
-    return log
-
-
-# ------------------------------------------------------------------------------------------------------- command line
-def fail(message, code=2):
-    """End the program with one line on stderr."""
-    print("\r\x1b[K" * sys.stderr.isatty() + f"{Path(__file__).name}: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or a float, low <= number < high."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) < high:
-                return kind(text)
-        whole = "whole " * (kind is int)
-        raise argparse.ArgumentTypeError(f"{text} is not a {whole}number from {low:g} to below {high:g}")
-    return parse
-
-
-def pick_device(text):
-    """An argparse type: the torch.device that auto, cpu, cuda, cuda:1 or mps stands for."""
-    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"] + ["mps"] * torch.mps.is_available()
-    name = {"auto": here[0], "cuda": "cuda:0"}.get(text, text)
-    if name not in here:
-        raise argparse.ArgumentTypeError(f"{text} is not on this machine, which has {', '.join(here)}")
-    return torch.device(name)
-
-
 def autocast_dtype(amp, device):
-    """What --amp stands for on this device: torch.bfloat16, torch.float16 (with a GradScaler), or None for float32."""
+    """torch.bfloat16, torch.float16 (which needs a GradScaler), or None for float32."""
     if amp == "auto" and device.type == "cuda":
         with torch.cuda.device(device):
             amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
+def gather(f):
+    """Under torchrun, the rows f of all processes, (N, ...); only into one's own flows gradient."""
+    if not dist.is_initialized():
+        return f
+    parts = [torch.empty_like(f) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, f.detach().contiguous())
+    parts[dist.get_rank()] = f
+    return torch.cat(parts)
+
+
 def save(value, path):
-    """Write value to path, as JSON or as torch.save does, whole or not at all."""
-    part = path.with_name(path.name + ".tmp")
-    if path.suffix == ".json":
-        part.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    """Write value to path, whole or not at all: text as it is, all else by torch.save."""
+    part = path.with_suffix(".tmp")
+    if isinstance(value, str):
+        part.write_text(value)
     else:
         torch.save(value, part)
     os.replace(part, path)
 
 
-def load_checkpoint(path, flags):
-    """The state saved at path by a run with the same flags; anything else ends the program."""
+def save_checkpoint(out, parts, log, **rest):
+    """Write checkpoint.pt and log.csv into the folder out."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    save(state | rest | {"log": log}, out / "checkpoint.pt")
+    rows = [",".join(map(str, row.values())) for row in log]
+    save("\n".join(["epoch,loss,lr,examples_per_s", *rows, ""]), out / "log.csv")
+
+
+def load_checkpoint(out, parts, **rest):
+    """Put back into parts what save_checkpoint saved; returns the rest as saved, else as given."""
+    if out is None or not (out / "checkpoint.pt").exists():
+        return rest
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        other = [flag for flag in flags | state["flags"] if state["flags"][flag] != flags[flag]]
-    except Exception:  # a damaged file makes torch.load raise almost anything
-        fail(f"{path} can't be read as this script's checkpoint; it is left as it is: move it away to start anew")
-    if other:
-        fail(f"--{other[0].replace('_', '-')} {flags[other[0]]} contradicts {path}, made with "
-             f"{state['flags'][other[0]]}: go on with the same flags, or start another run with --out")
-    return state
+        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            if state[name]:  # a GradScaler's is empty where fp16 was off
+                part.load_state_dict(state[name])
+        return {name: state[name] for name in rest}
+    except Exception as error:  # of a damaged file, almost any
+        raise ValueError(f"{out / 'checkpoint.pt'} can't be read as this script's checkpoint: move "
+                         "it away to start anew") from error
 
 
-def is_table(dataset):
-    """Whether a data set is a table (covtype, digits, a CSV file), and not images or speech."""
-    return dataset in ("covtype", "digits") or dataset.endswith((".csv", ".csv.gz")) or os.path.isfile(dataset)
+def pretrain(encoder, head, loader, args, out=None, evaluate=None):
+    """Pre-train encoder and head, in place, on the device that they are on; returns the log.
+
+    loader: has a len(), yields (x, x_tilde): two float views (N, ...) of one batch; under torchrun
+    the same in every process. out: Path of a folder for checkpoint.pt and log.csv; a checkpoint
+    that is there is gone on from. evaluate(): called every args.eval_every epochs. Seeds torch in
+    each epoch. Raises FloatingPointError once the loss or a weight is no longer finite.
+    """
+    device, steps = next(encoder.parameters()).device, len(loader)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    amp = autocast_dtype(args.amp, device)
+    model = nn.Sequential(encoder, head).to(memory_format=torch.channels_last)  # the fastest
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    ema = copy.deepcopy(model.train()).requires_grad_(False)  # its BatchNorm sees the batch, too
+    D = list(head.parameters())[-1].shape[0]
+    queue = F.normalize(torch.randn(args.queue, D, device=device), dim=1)  # mu, at first random
+    net = DistributedDataParallel(model, forward_sync_buffers=False) if world > 1 else model
+    net = torch.compile(net) if args.compile else net
+    ema_net = torch.compile(ema) if args.compile else ema
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9,
+                                weight_decay=args.weight_decay, fused=True)
+    for p in model.parameters():  # else undefined where fp16 makes fused SGD skip the first step
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    rest = load_checkpoint(out, parts, log=[], queue=queue)
+    log, queue, save_at = rest["log"], rest["queue"].to(device), 0.0
+    mix = cutmix if args.mix == "cutmix" else mixup
+    schedule = step_schedule if args.schedule == "step" else cosine_schedule
+
+    for epoch in range(len(log) + 1, args.epochs + 1):
+        torch.manual_seed(args.seed * 10**6 + epoch)  # in each epoch, so that resuming is exact
+        model.train()
+        start = shown = time.monotonic()
+        loss_sum = torch.zeros((), device=device)
+
+        for i, (x, x_tilde) in enumerate(loader):
+            x, x_tilde = (v.to(device, non_blocking=True) for v in (x, x_tilde))  # (N, ...) each
+            N, step = len(x), (epoch - 1) * steps + i
+            share = schedule(step, args.epochs * steps, args.warmup_epochs * steps)
+            lr = args.lr * N / 256 * share
+            optimizer.param_groups[0]["lr"] = lr
+
+            # i-Mix: the anchors are mixed, never the views that they are compared with.
+            perm = lam = None
+            if args.alpha > 0:
+                x, perm, lam = mix(x, args.alpha)
+
+            # Queries by the encoder, keys by the EMA encoder. No shuffled BatchNorm: it sees the
+            # whole batch, whose order does not matter to it.
+            rows = slice(rank * N // world, (rank + 1) * N // world)  # this process's share
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                f = net(x[rows])
+                with torch.no_grad():
+                    f_ema = ema_net(x_tilde[rows])
+            f, f_ema = gather(f), gather(f_ema)  # (N, D) each
+
+            loss = moco_loss(f, f_ema, queue, args.temperature, perm, lam)
+
+            # Update. A process's gradient is that of its rows; DDP takes the mean, not the sum.
+            optimizer.zero_grad()
+            scaler.scale(world * loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            update_ema(ema, model, args.ema)
+            queue = enqueue(queue, f_ema)
+
+            # The loss stays on the device, so that no step waits for the one before.
+            loss_sum += loss.detach()
+            if sys.stdout.isatty() and time.monotonic() - shown > 1:
+                shown = time.monotonic()
+                rate = (i + 1) * N / (shown - start)
+                print(f"epoch {epoch}/{args.epochs}  step {i + 1}/{steps}  {rate:,.0f} "
+                      "examples/s  ", end="\r", flush=True)
+
+        loss, seconds = loss_sum.item() / steps, time.monotonic() - start
+        tensors = [*model.state_dict().values(), *ema.state_dict().values()]
+        finite = torch.stack([t.isfinite().all() for t in tensors]).all()
+        if not (math.isfinite(loss) and finite):
+            raise FloatingPointError(f"the loss is no longer finite in epoch {epoch}")
+        rate, left = steps * N / seconds, timedelta(seconds=round((args.epochs - epoch) * seconds))
+        log.append({"epoch": epoch, "loss": loss, "lr": lr, "examples_per_s": round(rate, 1)})
+        if rank > 0:
+            continue  # the first process speaks, saves and evaluates for all
+        print(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  lr {lr:.4f}  "
+              f"{rate:,.0f} examples/s  {left} left", flush=True)
+        if out and (time.monotonic() > save_at or epoch == args.epochs):
+            start = time.monotonic()
+            save_checkpoint(out, parts, log, queue=queue)
+            save_at = start + 100 * (time.monotonic() - start)  # so that it takes 1 % of the time
+        if evaluate and args.eval_every and epoch % args.eval_every == 0 and epoch < args.epochs:
+            evaluate()
+    return log
 
 
-def is_speech(dataset):
-    """Whether a data set is speech (speech_commands, a folder of WORD/*.wav), and not images."""
-    return dataset == "speech_commands" or any(glob.iglob("*/*.[wW][aA][vV]", root_dir=dataset))
+# ---------------------------------------------------------------------------- command line
+def fail(message, code=2):
+    """End the program with one line on stderr."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(2)  # torchrun ends this process meanwhile, if the first has failed too
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
-def parse_args(argv):
-    """The flags, each checked before any data is touched; a bad one ends the program."""
-    positive, count = number(float, 1e-12), number(int, 1, 1e6)
+def parse_args(argv, find_domain):
+    """The flags over the recipe of their data set's domain, and that domain."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: fail(f"{message} (--help lists the flags)")
-    add = parser.add_argument
-    add("--dataset", default="cifar10",
-        help="cifar10, cifar100, speech_commands, a folder of images or clips; covtype, digits, a CSV file")
-    add("--data-dir", type=Path, default="data", help="where the data lie, or are downloaded to")
-    add("--image-size", type=number(int, 1, 4097), default=32, help="folder: pixels to which its images are resized")
-    add("--speech-version", choices=["v0.01", "v0.02"], default="v0.01", help="of Speech Commands")
-    add("--train-size", type=count, help="images, speech: train on a stratified subset of so many")
-    add("--label-column", metavar="NAME", help="CSV: the column that holds the labels")
-    add("--test-share", type=number(float, 1e-12, 1), default=0.2, help="CSV: of the rows")
-    add("--standardize", choices=["train", "all"], default="train", help="table: by which rows' mean and deviation")
-    add("--mask", type=number(float, 0, 1), help="table: chance that a view zeroes a number; recipe: 0.2, with i-Mix 0")
-    add("--mix", choices=["mixup", "cutmix"], default="mixup", help="how i-Mix mixes; cutmix: not of tables")
-    add("--no-augment", action="store_true", help="both views are the plain input")
-    add("--alpha", type=number(float, 0, 1e6), help="of Beta(alpha, alpha); 0: no i-Mix; recipe: 1, of tables 2")
-    add("--queue", type=count, default=4096, help="K, the keys of earlier batches")
-    add("--ema", type=number(float, 0, 1), default=0.999, help="m of the EMA encoder")
-    add("--epochs", type=count, help="of pre-training; recipe: 1000, of tables and speech 500")
-    add("--batch-size", type=number(int, 2, 1e6), help="N; recipe: 256, of tables 512")
-    add("--lr", type=positive, default=0.125, help="learning rate per 256 examples")
-    add("--weight-decay", type=number(float, 0), default=1e-4, help="of SGD")
-    add("--temperature", type=positive, help="tau; recipe: 0.2, of tables 0.1, of speech 0.5")
-    add("--warmup-epochs", type=number(int, 0, 1e6), help="5 up to 500 epochs, else 10; tables 10; at most a quarter")
-    add("--schedule", choices=["cosine", "step"], help="of the learning rate; recipe: cosine, of speech step")
-    add("--dim", type=count, default=128, help="D, the embedding's size")
-    add("--arch", choices=["resnet18", "resnet34", "resnet50"], default="resnet50", help="images, speech: the encoder")
-    add("--width", type=count, default=64, help="tables: w of the encoder, whose representations are 32 w long")
-    add("--device", type=pick_device, default="auto", help="auto (CUDA, else the CPU), cpu, cuda:1, mps")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 or fp16 on CUDA, else off")
-    add("--compile", action="store_true", help="torch.compile the networks")
-    add("--seed", type=number(int, 0, 1e6), default=0, help="of all that is random but the data's split")
-    add("--out", type=Path, help="run folder: runs/moco_imix-DATASET-alphaA-seedS unless given")
-    add("--resume", action="store_true", help="go on with the run in the run folder, if there is one")
-    add("--eval-every", type=number(int, 0, 1e6), default=0, help="epochs between evaluations; 0: only at the end")
-    add("--linear-epochs", type=count, default=100, help="of the linear evaluation")
-    args = parser.parse_args(argv)
-    table = is_table(args.dataset)
-    recipe = {"alpha": 1.0, "epochs": 1000, "batch_size": 256, "temperature": 0.2, "schedule": "cosine"}
-    if table:
-        recipe |= {"alpha": 2.0, "epochs": 500, "batch_size": 512, "temperature": 0.1}
-    elif is_speech(args.dataset):
-        recipe |= {"epochs": 500, "temperature": 0.5, "schedule": "step"}
-    vars(args).update({flag: value for flag, value in recipe.items() if getattr(args, flag) is None})
-    if args.mask is None:
-        args.mask = 0.0 if args.alpha > 0 else 0.2
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(10 if table or args.epochs > 500 else 5, args.epochs // 4)
-    if args.warmup_epochs > args.epochs:
-        parser.error(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
-    if args.mix == "cutmix" and table:
-        parser.error("--mix cutmix pastes boxes into images: take --mix mixup for a table")
-    dataset = Path(args.dataset).name.split(".")[0]
-    args.out = args.out or Path(f"runs/moco_imix-{dataset}-alpha{args.alpha:g}-seed{args.seed}")
-    return args
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = fail
+    for f in fields(Args):
+        name, kind = "--" + f.name.replace("_", "-"), {"action": "store_true"}
+        if f.type is not bool:
+            kind = {"type": f.type, "choices": f.metadata["choices"]}
+        others = [f"{domain}: {r[f.name]}" for domain, r in RECIPES.items() if f.name in r]
+        default = "; ".join([f"default: {f.default}", *others])
+        parser.add_argument(name, help=f"{f.metadata['help']} ({default})", **kind)
+    given = vars(parser.parse_args(argv))
+    try:
+        domain = find_domain(given.get("dataset", Args.dataset), RECIPES)
+        recipe = RECIPES[domain]
+        if given.get("alpha") == 0:
+            recipe = recipe | BASELINES.get(domain, {})
+        args = Args(**recipe | given)
+        if domain == "table" and args.mix == "cutmix":
+            raise ValueError("--mix cutmix pastes boxes into images: take mixup for a table")
+        return args, domain
+    except ValueError as error:
+        fail(error)
+
+
+def begin_run(out, config, resume):
+    """Begin the run folder, or see that --resume goes on with the same flags and data."""
+    path = out / "config.json"
+    if not path.exists() and not (out / "checkpoint.pt").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        save(json.dumps(config, indent=2) + "\n", path)
+        return
+    if not resume:
+        fail(f"{out} holds a run: --resume goes on with it, --out takes another folder")
+    was = json.loads(path.read_text())
+    may_change = "data_dir device compile out resume eval_every linear_epochs torch".split()
+    for name in config:
+        if name not in may_change and was.get(name) != config[name]:
+            fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, "
+                 "or take another --out")
 
 
 def main(argv=None):
-    args = parse_args(argv)
     import common
-    free = "data_dir device compile out resume eval_every linear_epochs".split()  # these may change on --resume
-    flags = {flag: value for flag, value in vars(args).items() if flag not in free}
-    out, checkpoint, device = args.out, args.out / "checkpoint.pt", args.device
-    source, table, speech = (args.dataset, args.data_dir, device), is_table(args.dataset), is_speech(args.dataset)
-    if not args.resume and (os.path.exists(out / "config.json") or os.path.exists(checkpoint)):
-        fail(f"{out} already holds a run: go on with it with --resume, or choose another folder with --out")
-    state = load_checkpoint(checkpoint, flags) if os.path.exists(checkpoint) else None
+    args, domain = parse_args(argv, common.domain)
+    dataset = Path(args.dataset).name.split(".")[0]
+    out = Path(args.out or f"runs/moco_imix-{dataset}-alpha{args.alpha:g}-seed{args.seed}")
+
+    # One device, or under torchrun each process's own.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        if table:
-            data = common.load_table(*source, mask=args.mask, standardize=args.standardize,
-                                     label_column=args.label_column, test_share=args.test_share)
-        elif speech:
-            data = common.load_speech(*source, version=args.speech_version, train_size=args.train_size)
-        else:
-            data = common.load_images(*source, image_size=args.image_size, train_size=args.train_size)
-    except common.DataError as error:
+        device = torch.device(device)
+        torch.zeros(1, device=device).item()  # fails where there is no such device
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # float32 stays float32
+    if args.batch_size % world:
+        fail(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes")
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all,
+        dist.barrier()  # and may have to download the data or to write a cache
+
+    try:
+        data = common.load(domain, args, device)
+        if args.batch_size > len(data.x_train):
+            fail(f"--batch-size {args.batch_size}: there are {len(data.x_train)} training examples")
+        if rank == 0:
+            config = asdict(args) | {"torch": torch.__version__, "data_digest": data.digest()}
+            begin_run(out, config, args.resume)
+    except (OSError, ValueError) as error:
         fail(error)
-    if args.batch_size > len(data.x_train):
-        fail(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training examples of {args.dataset}")
-    shape = list(data.x_train.shape)
-    if state and state["shape"] != shape:
-        fail(f"{args.dataset} has changed since {checkpoint} was made: training data {state['shape']}, now {shape}")
-    git = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        save(vars(args) | {"torch": torch.__version__, "commit": git.stdout.decode()[:-1] or None}, out / "config.json")
-        log = [",".join(map(str, row.values())) + "\n" for row in (state["log"] if state else [])]
-        (out / "log.csv").write_text("epoch,loss,lr,examples_per_s\n" + "".join(log))
-    except OSError as error:
-        fail(f"{out} can't be written ({error.strerror}): choose another folder with --out")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 stays float32
-    amp = autocast_dtype(args.amp, device)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    print(f"{args.dataset}: {len(data.x_train):,} examples to train on, {len(data.x_test):,} to "
+          f"test, {data.num_classes} classes; {world} x {device}; {out}")
+    if world > 1 and device.type == "cpu":
+        print("on the CPU, BatchNorm sees each process's own rows, not the whole batch")
+
     torch.manual_seed(args.seed)
-    if table:
-        encoder, head = MLP5Layer(data.groups, args.width), projection_head(32 * args.width, args.dim)
+    if domain == "table":
+        encoder = MLP5Layer(data.groups, args.width)
+        head = projection_head(32 * args.width, args.dim)
     else:
         encoder = resnet(args.arch, *data.plain(data.x_train[:1]).shape[1:3])
         head = projection_head(2048 if args.arch == "resnet50" else 512, args.dim)
-        head = head if speech else head[:-1]  # for images the recipe ends without BatchNorm
+    if domain == "image":
+        head = head[:-1]  # the recipe of images ends without BatchNorm
     encoder, head = encoder.to(device), head.to(device)
-    print(f"{args.dataset}: {len(data.x_train):,} examples to train on, {len(data.x_test):,} to test, "
-          f"{data.num_classes} classes; {device}, autocast {amp or 'off'}, TF32 off; {out}", flush=True)
     view = data.plain if args.no_augment else data.view
-    due = 0.0  # when the next checkpoint is to be written
+    loader = common.TwoViews(data.x_train, view, args.batch_size)
 
-    def after_epoch(log, get_state):
-        nonlocal due
-        with open(out / "log.csv", "a") as file:
-            print(*log[-1].values(), sep=",", file=file)
-        start = time.monotonic()
-        if start > due or len(log) == args.epochs:
-            save(get_state() | {"flags": flags, "shape": shape}, checkpoint)
-            due = time.monotonic() + 100 * (time.monotonic() - start)  # so that they take at most 1 % of the time
-        if args.eval_every and len(log) % args.eval_every == 0 and len(log) < args.epochs:
-            result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
-            print(f"epoch {len(log)}: test accuracy {result['test_accuracy']:.4f}")
+    def evaluate():
+        result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
+        print(f"test accuracy {result['test_accuracy']:.4f}, "
+              f"train accuracy {result['train_accuracy']:.4f}; {out}", flush=True)
+        return result
 
     try:
-        pretrain(encoder, head, common.TwoViews(data.x_train, view, args.batch_size), alpha=args.alpha,
-                 mix=cutmix if args.mix == "cutmix" else mixup, m=args.ema, queue_size=args.queue,
-                 schedule=step_schedule if args.schedule == "step" else cosine_schedule, epochs=args.epochs,
-                 lr=args.lr * args.batch_size / 256, weight_decay=args.weight_decay, temperature=args.temperature,
-                 warmup_epochs=args.warmup_epochs, amp=amp, compile=args.compile, state=state, after_epoch=after_epoch)
-    except FloatingPointError as error:
-        fail(f"{error}; the last good checkpoint, if any, stays in {out}: try a lower --lr, with another --out", 1)
-    except torch.OutOfMemoryError:
-        fail(f"out of memory on {device}: a smaller --batch-size or encoder may fit, in another run with --out", 1)
-    save({name: tensor.cpu() for name, tensor in encoder.state_dict().items()}, out / "encoder.pt")
-    result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
-    save(result, out / "result.json")
-    print(f"test accuracy {result['test_accuracy']:.4f}, train accuracy {result['train_accuracy']:.4f}; {out}")
+        pretrain(encoder, head, loader, args, out, evaluate)
+        if rank == 0:
+            weights = {name: tensor.cpu() for name, tensor in encoder.state_dict().items()}
+            save(weights, out / "encoder.pt")
+            save(json.dumps(evaluate(), indent=2) + "\n", out / "result.json")
+    except ValueError as error:
+        fail(error)
+    except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:
+        fail(f"{str(error).splitlines()[0]}; the last checkpoint, if any, stays in {out}", 1)
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        fail(f"stopped; to go on: python {shlex.join(sys.argv)}" + " --resume" * ("--resume" not in sys.argv), 130)
+        fail("stopped; the same command with --resume goes on", 130)
+    except RuntimeError:
+        if dist.is_initialized():
+            time.sleep(2)  # torchrun ends this process meanwhile, if another has failed
+        raise
