@@ -219,18 +219,18 @@ BASELINES = {"table": {"mask": 0.2}}  # what differs from that with alpha 0
 
 
 # ---------------------------------------------------------------------------- pre-training
-def cosine_schedule(step, steps, warmup):
-    """The share of the learning rate at step 0, 1, ... of steps: linear warm-up, then cosine."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+def learning_rate(step, steps, args):
+    """Per 256 examples, at step 0, 1, ... of the run, which has steps an epoch.
 
-
-def step_schedule(step, steps, warmup):
-    """As cosine_schedule, but x 0.1 after 60 % and 80 % of the steps: the recipe of speech."""
+    Linear warm-up, then cosine decay towards 0, or, the recipe of speech, x 0.1 after 60 % and
+    after 80 % of the run.
+    """
+    warmup, total = args.warmup_epochs * steps, args.epochs * steps
     if step < warmup:
-        return (step + 1) / warmup
-    return 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
+        return args.lr * (step + 1) / warmup
+    if args.schedule == "step":
+        return args.lr * 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total))
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 def autocast_dtype(amp, device):
@@ -275,6 +275,8 @@ def load_checkpoint(out, parts, **rest):
         return rest
     try:
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if state.keys() != parts.keys() | rest.keys():
+            raise KeyError("another script's")
         for name, part in parts.items():
             if state[name]:  # a GradScaler's is empty where fp16 was off
                 part.load_state_dict(state[name])
@@ -313,7 +315,6 @@ def pretrain(encoder, head, predictor, loader, args, out=None, evaluate=None):
              "scaler": scaler}
     log, save_at = load_checkpoint(out, parts, log=[])["log"], 0.0
     mix = cutmix if args.mix == "cutmix" else mixup
-    schedule = step_schedule if args.schedule == "step" else cosine_schedule
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         torch.manual_seed(args.seed * 10**6 + epoch)  # in each epoch, so that resuming is exact
@@ -324,8 +325,7 @@ def pretrain(encoder, head, predictor, loader, args, out=None, evaluate=None):
         for i, (x, x_tilde) in enumerate(loader):
             x, x_tilde = (v.to(device, non_blocking=True) for v in (x, x_tilde))  # (N, ...) each
             N, step = len(x), (epoch - 1) * steps + i
-            share = schedule(step, args.epochs * steps, args.warmup_epochs * steps)
-            lr = args.lr * N / 256 * share
+            lr = learning_rate(step, steps, args) * N / 256
             optimizer.param_groups[0]["lr"] = lr
 
             # Each pair: an anchor, and the view whose target it is to predict.
@@ -440,7 +440,8 @@ def main(argv=None):
     import common
     args, domain = parse_args(argv, common.domain)
     dataset = Path(args.dataset).name.split(".")[0]
-    out = Path(args.out or f"runs/byol_imix-{dataset}-alpha{args.alpha:g}-seed{args.seed}")
+    run = f"{Path(__file__).stem}-{dataset}-alpha{args.alpha:g}-seed{args.seed}"
+    out = Path(args.out or f"runs/{run}")
 
     # One device, or under torchrun each process's own.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -88,8 +88,8 @@ def moco_loss(f, f_ema, queue, temperature, perm=None, lam=None):
     """
     with torch.autocast(f.device.type, enabled=False):  # bf16 would round s / tau away
         f = F.normalize(f.float(), dim=1)
-        f_ema = F.normalize(f_ema.detach().float(), dim=1)
-        keys = torch.cat([f_ema, queue])  # f~EMA_n, mu_k  (N + K, D)
+        f_ema = F.normalize(f_ema.float(), dim=1)
+        keys = torch.cat([f_ema, queue]).detach()  # f~EMA_n, mu_k  (N + K, D)
         logits = f @ keys.T / temperature  # s(f_i, key) / tau  (N, N + K)
         log_p = F.log_softmax(logits, dim=1)  # over the N + K classes
         loss = -log_p.diagonal()  # l(x_i, v_i)  (N,)
@@ -226,18 +226,18 @@ BASELINES = {"table": {"mask": 0.2}}  # what differs from that with alpha 0
 
 
 # ---------------------------------------------------------------------------- pre-training
-def cosine_schedule(step, steps, warmup):
-    """The share of the learning rate at step 0, 1, ... of steps: linear warm-up, then cosine."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+def learning_rate(step, steps, args):
+    """Per 256 examples, at step 0, 1, ... of the run, which has steps an epoch.
 
-
-def step_schedule(step, steps, warmup):
-    """As cosine_schedule, but x 0.1 after 60 % and 80 % of the steps: the recipe of speech."""
+    Linear warm-up, then cosine decay towards 0, or, the recipe of speech, x 0.1 after 60 % and
+    after 80 % of the run.
+    """
+    warmup, total = args.warmup_epochs * steps, args.epochs * steps
     if step < warmup:
-        return (step + 1) / warmup
-    return 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
+        return args.lr * (step + 1) / warmup
+    if args.schedule == "step":
+        return args.lr * 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total))
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 def autocast_dtype(amp, device):
@@ -282,6 +282,8 @@ def load_checkpoint(out, parts, **rest):
         return rest
     try:
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if state.keys() != parts.keys() | rest.keys():
+            raise KeyError("another script's")
         for name, part in parts.items():
             if state[name]:  # a GradScaler's is empty where fp16 was off
                 part.load_state_dict(state[name])
@@ -307,6 +309,7 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ema = copy.deepcopy(model.train()).requires_grad_(False)  # its BatchNorm sees the batch, too
     D = list(head.parameters())[-1].shape[0]
+    torch.manual_seed(args.seed * 10**6)
     queue = F.normalize(torch.randn(args.queue, D, device=device), dim=1)  # mu, at first random
     net = DistributedDataParallel(model, forward_sync_buffers=False) if world > 1 else model
     net = torch.compile(net) if args.compile else net
@@ -320,7 +323,6 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
     rest = load_checkpoint(out, parts, log=[], queue=queue)
     log, queue, save_at = rest["log"], rest["queue"].to(device), 0.0
     mix = cutmix if args.mix == "cutmix" else mixup
-    schedule = step_schedule if args.schedule == "step" else cosine_schedule
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         torch.manual_seed(args.seed * 10**6 + epoch)  # in each epoch, so that resuming is exact
@@ -331,8 +333,7 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
         for i, (x, x_tilde) in enumerate(loader):
             x, x_tilde = (v.to(device, non_blocking=True) for v in (x, x_tilde))  # (N, ...) each
             N, step = len(x), (epoch - 1) * steps + i
-            share = schedule(step, args.epochs * steps, args.warmup_epochs * steps)
-            lr = args.lr * N / 256 * share
+            lr = learning_rate(step, steps, args) * N / 256
             optimizer.param_groups[0]["lr"] = lr
 
             # i-Mix: the anchors are mixed, never the views that they are compared with.
@@ -443,7 +444,8 @@ def main(argv=None):
     import common
     args, domain = parse_args(argv, common.domain)
     dataset = Path(args.dataset).name.split(".")[0]
-    out = Path(args.out or f"runs/moco_imix-{dataset}-alpha{args.alpha:g}-seed{args.seed}")
+    run = f"{Path(__file__).stem}-{dataset}-alpha{args.alpha:g}-seed{args.seed}"
+    out = Path(args.out or f"runs/{run}")
 
     # One device, or under torchrun each process's own.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

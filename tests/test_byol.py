@@ -2,7 +2,6 @@
 """byol_imix.py's own parts: the loss, the predictor, and what keeps BYOL and SimSiam from collapsing."""
 
 import copy
-import io
 import shutil
 
 import pytest
@@ -69,73 +68,67 @@ def networks(seed=0):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 @pytest.mark.parametrize("m", [0.0, 0.9])
-def test_pretrain_is_section_3_3_written_out(alpha, symmetric, m):
-    """Anchors mixed, targets by the EMA encoder without gradient, encoder, head and predictor trained, then the EMA."""
-    encoder, head, predictor = (net.double() for net in networks())  # in float32, rounding sets two runs apart
-    model, g, states = copy.deepcopy(nn.Sequential(encoder, head)), copy.deepcopy(predictor), []
-    byol.pretrain(encoder, head, predictor, Views(torch.float64), alpha=alpha, symmetric=symmetric, m=m, epochs=2,
-                  warmup_epochs=1, lr=0.01, schedule=byol.step_schedule, weight_decay=0.1,
-                  after_epoch=lambda log, get_state: states.append(get_state()))
+def test_pretrain_is_section_3_3_written_out(tmp_path, alpha, symmetric, m):
+    """Anchors mixed, targets without gradient, all three networks trained, then the EMA."""
+    nets = [net.double() for net in networks()]  # in float32, rounding sets two runs apart
+    online, g = copy.deepcopy(nn.Sequential(*nets[:2])), copy.deepcopy(nets[2])
+    args = byol.Args(alpha=alpha, symmetric=symmetric, ema=m, epochs=4, warmup_epochs=1, lr=0.16,
+                     schedule="step", weight_decay=0.1)
+    byol.pretrain(*nets, Views(torch.float64), args, tmp_path)
 
-    networks()  # the random number generator as it was
-    ema = copy.deepcopy(model)
-    optimizer = torch.optim.SGD([*model.parameters(), *g.parameters()], 0.01, momentum=0.9, weight_decay=0.1)
-    for step, (x, x_tilde) in enumerate(pair for _ in range(2) for pair in Views(torch.float64)):
-        optimizer.param_groups[0]["lr"] = [0.01 / 3, 0.02 / 3, 0.01, 0.01, 0.001, 0.0001][step]
-        losses = []
-        for anchor, other in [(x, x_tilde), (x_tilde, x)][:1 + symmetric]:
-            anchor, perm, lam = byol.mixup(anchor, alpha) if alpha else (anchor, torch.arange(16), torch.ones(16))
-            prediction = F.normalize(g(model(anchor)), dim=1)
+    target = copy.deepcopy(online)
+    theta = [*online.parameters(), *g.parameters()]
+    optimizer = torch.optim.SGD(theta, momentum=0.9, weight_decay=0.1)
+    rates = [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    for epoch in range(4):
+        torch.manual_seed(epoch + 1)
+        for i, (x, x_tilde) in enumerate(Views(torch.float64)):
+            optimizer.param_groups[0]["lr"] = 0.16 * 16 / 256 * rates[3 * epoch + i]
+            losses = []
+            for anchor, other in [(x, x_tilde), (x_tilde, x)][: 1 + symmetric]:
+                perm, lam = torch.arange(16), torch.ones(16)
+                if alpha:
+                    anchor, perm, lam = byol.mixup(anchor, alpha)
+                prediction = F.normalize(g(online(anchor)).float(), dim=1)
+                with torch.no_grad():
+                    f_ema = F.normalize(target(other).float(), dim=1)
+                losses.append(lam * (prediction - f_ema).square().sum(1)
+                              + (1 - lam) * (prediction - f_ema[perm]).square().sum(1))
+            optimizer.zero_grad()
+            torch.cat(losses).mean().backward()
+            optimizer.step()
             with torch.no_grad():
-                target = F.normalize(ema(other), dim=1)
-            losses += [(lam * (prediction - target).square().sum(1) + (1 - lam) * (prediction - target[perm]).square().sum(1))]
-        optimizer.zero_grad()
-        torch.cat(losses).mean().backward()
-        optimizer.step()
-        with torch.no_grad():
-            for theta_ema, theta in zip(ema.parameters(), model.parameters()):
-                theta_ema.copy_(m * theta_ema + (1 - m) * theta)
-    expected = {"model": nn.Sequential(*model, g), "ema": ema}
-    for name, network in expected.items():
-        torch.testing.assert_close(states[-1][name], network.state_dict(), rtol=1e-4, atol=1e-4)
+                for theta_ema, theta in zip(target.parameters(), online.parameters()):
+                    theta_ema.copy_(m * theta_ema + (1 - m) * theta)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for name, network in {"online": online, "predictor": g, "target": target}.items():
+        torch.testing.assert_close(state[name], network.state_dict(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"symmetric": True, "m": 0.0}, {"amp": torch.float16}], ids=str)
-def test_state_goes_on_bit_for_bit(options):
-    options = {"epochs": 6, "lr": 0.1, "warmup_epochs": 2} | options
-    states = []
-
-    def keep(log, get_state):
-        torch.save(get_state(), file := io.BytesIO())
-        file.seek(0)
-        states.append(torch.load(file, weights_only=True))
-
-    encoder, *rest = networks()
-    log = byol.pretrain(encoder, *rest, Views(), after_epoch=keep, **options)
-    again, *rest = networks(seed=1)
-    log_again = byol.pretrain(again, *rest, Views(), state=states[2], **options)
-    assert [row["loss"] for row in log] == [row["loss"] for row in log_again]
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in encoder.state_dict().items())
-
-
-@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_autocast_reaches_both_networks(monkeypatch, amp):
     seen, inner = set(), byol.byol_loss
-    monkeypatch.setattr(byol, "byol_loss", lambda g, f_ema, *rest: seen.add((g.dtype, f_ema.dtype)) or inner(g, f_ema, *rest))
-    byol.pretrain(*networks(), Views(), epochs=1, warmup_epochs=0, amp=amp)
-    assert seen == {(amp, amp)}
+
+    def watched(g, f_ema, *rest):
+        seen.add((g.dtype, f_ema.dtype))
+        return inner(g, f_ema, *rest)
+
+    monkeypatch.setattr(byol, "byol_loss", watched)
+    byol.pretrain(*networks(), Views(), byol.Args(epochs=1, amp=amp))
+    dtype = byol.autocast_dtype(amp, torch.device("cpu"))
+    assert seen == {(dtype, dtype)}
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_networks_train_alike(monkeypatch):
     compiled, inner = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or inner(net))
     logs = []
     for compile in (False, True):
-        nets = [net.double() for net in networks()]
-        loader = [(x.double(), x_tilde.double()) for x, x_tilde in Views()]  # in float32, rounding sets two runs apart
-        logs.append(byol.pretrain(*nets, loader, epochs=2, lr=0.1, symmetric=True, compile=compile))
-    assert [row["loss"] for row in logs[0]] == pytest.approx([row["loss"] for row in logs[1]], rel=1e-5)
+        nets = [net.double() for net in networks()]  # in float32, rounding sets two runs apart
+        args = byol.Args(epochs=2, lr=1.6, symmetric=True, compile=compile)
+        logs.append(byol.pretrain(*nets, Views(torch.float64), args))
+    assert [r["loss"] for r in logs[0]] == pytest.approx([r["loss"] for r in logs[1]], rel=1e-5)
     assert len(compiled) == 2
 
 
@@ -151,22 +144,25 @@ def on_digits(predictor=True):
     """Digits' encoder, head and predictor, and their loader. BatchNorm at the end would hide a collapse."""
     torch.manual_seed(0)
     data = common.load_table("digits", "data", torch.device("cpu"))
-    networks = byol.MLP5Layer(data.groups, 2), byol.projection_head(64, 32)[:-1], byol.projection_head(32, 32)[:-1]
-    return *networks[:2], networks[2] if predictor else nn.Identity(), common.TwoViews(data.x_train, data.view, 128)
+    encoder, head = byol.MLP5Layer(data.groups, 2), byol.projection_head(64, 32)[:-1]
+    g = byol.projection_head(32, 32)[:-1] if predictor else nn.Identity()
+    return encoder, head, g, common.TwoViews(data.x_train, data.view, 128)
 
 
 @pytest.mark.parametrize("m", [0.0, 0.99])
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
 def test_byol_and_simsiam_train_and_do_not_collapse(m, alpha):
     encoder, head, predictor, loader = on_digits()
-    log = byol.pretrain(encoder, head, predictor, loader, epochs=20, lr=0.1, warmup_epochs=0, symmetric=True, m=m, alpha=alpha)
+    args = byol.Args(epochs=20, lr=0.2, warmup_epochs=0, symmetric=True, ema=m, alpha=alpha)
+    log = byol.pretrain(encoder, head, predictor, loader, args)
     assert log[-1]["loss"] < 0.6 * log[0]["loss"]
     assert spread(nn.Sequential(encoder, head), loader.x) > 0.6
 
 
 def test_without_the_predictor_simsiam_collapses():
     encoder, head, predictor, loader = on_digits(predictor=False)
-    byol.pretrain(encoder, head, predictor, loader, epochs=20, lr=0.1, warmup_epochs=0, symmetric=True, m=0.0, alpha=0.0)
+    args = byol.Args(epochs=20, lr=0.2, warmup_epochs=0, symmetric=True, ema=0.0, alpha=0.0)
+    byol.pretrain(encoder, head, predictor, loader, args)
     assert spread(nn.Sequential(encoder, head), loader.x) < 0.15
 
 

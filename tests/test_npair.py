@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """npair_tabular.py's parts: mixing, loss, networks, schedule, pre-training, each against the paper's definition."""
 
-import io
 import math
 import shutil
 
@@ -121,16 +120,22 @@ def test_encoder_is_maxout_of_groups_of_four_on_column_groups():
     torch.testing.assert_close(encoder(x), expected)
 
 
-def test_schedule_at_its_corners():
-    assert npair.cosine_schedule(0, 100, 10) == 0.1
-    assert npair.cosine_schedule(9, 100, 10) == 1
-    assert npair.cosine_schedule(10, 100, 10) == 1
-    assert npair.cosine_schedule(55, 100, 10) == pytest.approx(0.5)
-    assert 0 < npair.cosine_schedule(99, 100, 10) < 0.001
-    assert npair.cosine_schedule(0, 100, 0) == 1
-    assert npair.cosine_schedule(99, 100, 100) == 1
-    rates = [npair.cosine_schedule(step, 100, 10) for step in range(100)]
+def test_learning_rate_at_its_corners():
+    args = npair.Args(lr=1.0, epochs=100, warmup_epochs=10)
+    rates = [npair.learning_rate(step, 1, args) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1 and rates[55] == pytest.approx(0.5)
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[99] < 0.001
+    assert npair.learning_rate(0, 1, npair.Args(lr=1.0, epochs=100, warmup_epochs=0)) == 1
+    args = npair.Args(lr=0.5, epochs=500, warmup_epochs=5, schedule="step")
+    rates = [npair.learning_rate(step, 3, args) for step in range(1500)]
+    assert rates[:2] == [0.5 / 15, 1.0 / 15] and set(rates[14:900]) == {0.5}
+    assert set(rates[900:1200]) == {0.5 * 0.1} and set(rates[1200:]) == {0.5 * 0.1**2}
+
+
+def test_the_warm_up_is_at_most_a_quarter():
+    assert npair.Args(epochs=500).warmup_epochs == npair.Args(epochs=40).warmup_epochs == 10
+    assert npair.Args(epochs=39).warmup_epochs == 9 and npair.Args(epochs=3).warmup_epochs == 0
 
 
 class RandomViews:
@@ -155,95 +160,86 @@ def networks(seed=0):
 
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
 def test_pretrain_is_section_3_1_written_out(alpha):
-    """alpha 0: the plain baseline, bit for bit; else only the anchors are mixed, in one pass with the other views."""
-    dtype = torch.float64 if alpha else torch.float32  # in float32, rounding alone sets two runs apart
+    """alpha 0: the plain baseline, bit for bit; else only the anchors are mixed."""
+    dtype = torch.float64 if alpha else torch.float32  # in float32, rounding sets two runs apart
     encoder, head = (net.to(dtype) for net in networks())
-    npair.pretrain(encoder, head, RandomViews(dtype), alpha=alpha, epochs=3, lr=0.01, temperature=0.2, warmup_epochs=1)
+    args = npair.Args(alpha=alpha, epochs=4, lr=0.16, temperature=0.2, warmup_epochs=1, seed=3)
+    log = npair.pretrain(encoder, head, RandomViews(dtype), args)
 
     model = nn.Sequential(*networks()).to(dtype)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True)
-    for epoch in range(3):
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=1e-4, fused=True)
+    for epoch in range(4):
+        torch.manual_seed(3_000_000 + epoch + 1)
+        losses = []
         for step, (x, x_tilde) in enumerate(RandomViews(dtype)):
             t = 4 * epoch + step
-            rate = (t + 1) / 4 if t < 4 else (1 + math.cos(math.pi * (t - 4) / 8)) / 2
-            optimizer.param_groups[0]["lr"] = 0.01 * rate
-            x, perm, lam = npair.mixup(x, alpha) if alpha else (x, torch.arange(16), torch.ones(16))
+            rate = (t + 1) / 4 if t < 4 else (1 + math.cos(math.pi * (t - 4) / 12)) / 2
+            optimizer.param_groups[0]["lr"] = 0.16 * 16 / 256 * rate
+            perm, lam = torch.arange(16), torch.ones(16)
+            if alpha:
+                x, perm, lam = npair.mixup(x, alpha)
             f, f_tilde = model(torch.cat([x, x_tilde])).float().chunk(2)
             logits = F.normalize(f, dim=1) @ F.normalize(f_tilde, dim=1).T / 0.2
-            loss_i, loss_j = (F.cross_entropy(logits, label, reduction="none") for label in (torch.arange(16), perm))
+            loss_i = F.cross_entropy(logits, torch.arange(16), reduction="none")
+            loss_j = F.cross_entropy(logits, perm, reduction="none")
+            loss = (lam * loss_i + (1 - lam) * loss_j if alpha else loss_i).mean()
             optimizer.zero_grad()
-            (lam * loss_i + (1 - lam) * loss_j if alpha else loss_i).mean().backward()
+            loss.backward()
             optimizer.step()
+            losses.append(loss.item())
+        assert log[epoch]["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+        assert log[epoch]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
     rounding = {"rtol": 1e-4, "atol": 1e-4} if alpha else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(nn.Sequential(encoder, head).state_dict(), model.state_dict(), **rounding)
+    ours = nn.Sequential(encoder, head).state_dict()
+    torch.testing.assert_close(ours, model.state_dict(), **rounding)
 
 
 def test_pretrain_learns_and_mixing_changes_the_result():
     results = []
     for alpha in (0.0, 2.0):
-        encoder, head = networks()
-        log = npair.pretrain(encoder, head, RandomViews(), alpha=alpha, epochs=20, lr=0.1, temperature=0.2)
+        args = npair.Args(alpha=alpha, epochs=20, lr=1.6, temperature=0.2)
+        log = npair.pretrain(*networks(), RandomViews(), args)
         assert [row["epoch"] for row in log] == list(range(1, 21))
         assert log[-1]["loss"] < 0.8 * log[0]["loss"]
         results.append(log[-1]["loss"])
     assert results[0] < results[1] - 0.1  # the mixed task is the harder one
 
 
-@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_autocast_and_grad_scaler_train(monkeypatch, amp):
     encoder, head = networks()
     seen, inner = set(), npair.n_pair_loss
     monkeypatch.setattr(npair, "n_pair_loss", lambda f, *rest: seen.add(f.dtype) or inner(f, *rest))
-    log = npair.pretrain(encoder, head, RandomViews(), amp=amp, epochs=20, lr=0.1, temperature=0.2)
-    assert seen == {amp} and log[-1]["loss"] < 0.8 * log[0]["loss"]
+    args = npair.Args(amp=amp, epochs=20, lr=1.6, temperature=0.2)
+    log = npair.pretrain(encoder, head, RandomViews(), args)
+    assert seen == {npair.autocast_dtype(amp, torch.device("cpu"))}
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
     assert all(p.dtype == torch.float32 for p in encoder.parameters())
 
 
-@pytest.mark.parametrize("amp", [None, torch.float16])
-def test_state_goes_on_bit_for_bit(amp):
-    options = {"epochs": 6, "lr": 0.1, "warmup_epochs": 2, "amp": amp}
-    states = []
-
-    def keep(log, get_state):
-        torch.save(get_state(), file := io.BytesIO())
-        file.seek(0)
-        states.append(torch.load(file, weights_only=True))
-
-    encoder, head = networks()
-    log = npair.pretrain(encoder, head, RandomViews(), after_epoch=keep, **options)
-    again, head_again = networks(seed=1)
-    log_again = npair.pretrain(again, head_again, RandomViews(), state=states[2], **options)
-    assert [row["loss"] for row in log] == [row["loss"] for row in log_again]
-    for name, tensor in encoder.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
-
-
-def test_state_without_a_scaler_goes_on_with_one():
+def test_a_run_begun_without_a_grad_scaler_goes_on_with_one(tmp_path):
     """A run begun on the CPU may go on where fp16 autocast wants its GradScaler."""
-    states = []
-    npair.pretrain(*networks(), RandomViews(), epochs=2, after_epoch=lambda log, get_state: states.append(get_state()))
-    log = npair.pretrain(*networks(), RandomViews(), epochs=4, amp=torch.float16, state=states[-1])
+    npair.pretrain(*networks(), RandomViews(), npair.Args(epochs=2), tmp_path)
+    log = npair.pretrain(*networks(), RandomViews(), npair.Args(epochs=4, amp="fp16"), tmp_path)
     assert [row["epoch"] for row in log] == [1, 2, 3, 4]
 
 
-def test_a_broken_last_step_is_noticed_before_the_checkpoint(monkeypatch):
-    """A last step of an epoch that breaks the weights leaves the epoch's loss finite; after_epoch must not see it."""
-    monkeypatch.setattr(npair, "cosine_schedule", lambda step, steps, warmup: 1e39 if step == 7 else 0.1)
-    seen = []
-    with pytest.raises(FloatingPointError, match="the loss is no longer finite in epoch 2"):
-        npair.pretrain(*networks(), RandomViews(), epochs=3, after_epoch=lambda log, _: seen.append(log[-1]["epoch"]))
-    assert seen == [1]
+def test_the_last_rows_of_a_checkpoint_are_the_log(tmp_path):
+    log = npair.pretrain(*networks(), RandomViews(), npair.Args(epochs=3), tmp_path)
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert rows[0] == "epoch,loss,lr,examples_per_s" and len(rows) == 4
+    assert [float(row.split(",")[1]) for row in rows[1:]] == [row["loss"] for row in log]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_networks_train_alike(monkeypatch):
     compiled, inner = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or inner(net))
     losses = []
     for compile in (False, True):
-        encoder, head = networks()  # in float64: in float32, rounding alone sets two runs apart within an epoch
-        loader = RandomViews(dtype=torch.float64)
-        log = npair.pretrain(encoder.double(), head.double(), loader, epochs=2, lr=0.1, compile=compile)
+        nets = [net.double() for net in networks()]  # in float32, rounding sets two runs apart
+        args = npair.Args(epochs=2, lr=1.6, compile=compile)
+        log = npair.pretrain(*nets, RandomViews(torch.float64), args)
         losses.append([row["loss"] for row in log])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(compiled) == 1

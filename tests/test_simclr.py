@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import common
 import npair_tabular
 import simclr_imix as simclr
 
@@ -106,44 +107,70 @@ def test_resnet_for_large_images_and_one_channel():
     assert abs(net.conv1.weight.std() - math.sqrt(2 / (64 * 49))) < 0.002  # He's initialisation, fan-out
 
 
-@pytest.mark.parametrize("mix, loss_function, alpha", [("mixup", "n_pair_loss", 1.0), ("cutmix", "n_pair_loss", 1.0),
-                                                       ("mixup", "n_pair_loss", 0.0), ("mixup", "nt_xent_loss", 0.0)])
-def test_pretrain_is_section_3_1_written_out(mix, loss_function, alpha):
+@pytest.mark.parametrize("mix, loss, alpha", [("mixup", "n-pair", 1.0), ("cutmix", "n-pair", 1.0),
+                                              ("mixup", "n-pair", 0.0), ("mixup", "nt-xent", 0.0)])
+def test_pretrain_is_section_3_1_written_out(mix, loss, alpha):
     """Only the anchors are mixed, in one pass with the other views; the loss falls."""
     torch.manual_seed(0)
-    x = torch.randn(16, 1, 8, 8, dtype=torch.float64)  # in float32, rounding alone sets two runs apart
-    loader = [(x, x + 0.1 * torch.randn_like(x)) for _ in range(8)]
-    model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()),
-                          simclr.projection_head(288, 16)).double()
-    ours, mix = copy.deepcopy(model), getattr(simclr, mix)
-    torch.manual_seed(1)
-    log = simclr.pretrain(*ours, loader, alpha=alpha, mix=mix, lr=0.01, loss_function=getattr(simclr, loss_function),
-                          epochs=2, warmup_epochs=1, temperature=0.5, schedule=simclr.step_schedule, weight_decay=0.1)
+    x = torch.randn(16, 1, 8, 8, dtype=torch.float64)  # in float32, rounding sets two runs apart
+    loader = [(x, x + 0.1 * torch.randn_like(x)) for _ in range(4)]
+    encoder = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
+    model = nn.Sequential(encoder, simclr.projection_head(288, 16)).double()
+    ours = copy.deepcopy(model)
+    args = simclr.Args(alpha=alpha, mix=mix, loss=loss, lr=0.16, epochs=4, warmup_epochs=1,
+                       temperature=0.5, schedule="step", weight_decay=0.1)
+    log = simclr.pretrain(*ours, loader, args)
     assert log[-1]["loss"] < log[0]["loss"]
 
-    torch.manual_seed(1)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=0.1)
-    for step, (x, x_tilde) in enumerate(2 * loader):
-        optimizer.param_groups[0]["lr"] = 0.01 * ((step + 1) / 8 if step < 8 else 1 if step < 10 else 0.1 if step < 13 else 0.01)
-        x, perm, lam = mix(x, alpha) if alpha else (x, torch.arange(16), torch.ones(16))
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=0.1)
+    rates = [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01]
+    for step, (x, x_tilde) in enumerate(4 * loader):
+        if step % 4 == 0:
+            torch.manual_seed(step // 4 + 1)
+        optimizer.param_groups[0]["lr"] = 0.16 * 16 / 256 * rates[step]
+        perm, lam = torch.arange(16), torch.ones(16)
+        if alpha:
+            x, perm, lam = getattr(simclr, mix)(x, alpha)
         f = F.normalize(model(torch.cat([x, x_tilde])), dim=1)
-        if loss_function == "n_pair_loss":
+        if loss == "n-pair":
             logits = f[:16] @ f[16:].T / 0.5
-            loss_i, loss_j = (F.cross_entropy(logits, label, reduction="none") for label in (torch.arange(16), perm))
-            loss = (lam * loss_i + (1 - lam) * loss_j).mean()
+            loss_i = F.cross_entropy(logits, torch.arange(16), reduction="none")
+            loss_j = F.cross_entropy(logits, perm, reduction="none")
+            value = (lam * loss_i + (1 - lam) * loss_j).mean()
         else:
             logits = f @ f.T / 0.5 - 1e9 * torch.eye(32)
-            loss = F.cross_entropy(logits, (torch.arange(32) + 16) % 32)
+            value = F.cross_entropy(logits, (torch.arange(32) + 16) % 32)
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
     torch.testing.assert_close(ours.state_dict(), model.state_dict(), rtol=1e-4, atol=1e-4)
 
 
-def test_autocast_reaches_the_networks():
+def test_autocast_reaches_the_networks(monkeypatch):
     seen, inner = [], simclr.n_pair_loss
+    monkeypatch.setattr(simclr, "n_pair_loss",
+                        lambda f, *rest: seen.append(f.dtype) or inner(f, *rest))
     x = torch.randn(16, 1, 4, 4)
     encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten())
-    simclr.pretrain(encoder, simclr.projection_head(16, 8), [(x, x)], epochs=1, warmup_epochs=0, amp=torch.bfloat16,
-                    loss_function=lambda f, *rest: seen.append(f.dtype) or inner(f, *rest))
+    args = simclr.Args(epochs=1, amp="bf16")
+    simclr.pretrain(encoder, simclr.projection_head(16, 8), [(x, x)], args)
     assert seen == [torch.bfloat16]
+
+
+def test_nt_xent_has_no_labels_to_mix():
+    with pytest.raises(ValueError, match="--alpha 0"):
+        simclr.Args(loss="nt-xent", alpha=1.0)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"mix": "cutmix"},
+                                     {"alpha": 0.0, "loss": "nt-xent"}], ids=str)
+def test_it_learns_from_the_views_of_images(options):
+    """Each view is told from 128 others' ever better, and the features tell ten digits apart."""
+    torch.manual_seed(0)
+    data = common.load_images("digits", "data", torch.device("cpu"))
+    encoder = nn.Sequential(nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten())
+    args = simclr.Args(epochs=6, lr=0.25, warmup_epochs=1, **options)
+    loader = common.TwoViews(data.x_train, data.view, 128)
+    log = simclr.pretrain(encoder, simclr.projection_head(1152, 64), loader, args)
+    assert log[-1]["loss"] < log[0]["loss"] - 0.2
+    assert common.linear_eval(encoder, data, 20)["test_accuracy"] > 0.4

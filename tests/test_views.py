@@ -52,13 +52,21 @@ def test_resized_crop_at_its_corners(x):
 THEIRS = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation]
 
 
+def one_part(part, factor):
+    """Parameters of color_jitter of N images that change this part alone, by factor (N,)."""
+    factors = torch.ones(N, 3)
+    factors[:, part] = factor
+    return factors, torch.zeros(N), torch.arange(4).expand(N, 4)
+
+
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_brightness_contrast_and_saturation(x, part):
-    factors = torch.empty(N, 3).uniform_(0.6, 1.4)
-    ours = common.blend(x, factors, torch.full((N,), part), torch.arange(N) < N - 1)
-    theirs = [THEIRS[part](image, factor) for image, factor in zip(x, factors[:, part].tolist())]
-    assert worst(ours[:-1], theirs[:-1]) < 1e-5
-    torch.testing.assert_close(ours[-1], x[-1])  # not active: as it was
+    factor = torch.empty(N).uniform_(0.6, 1.4)
+    factor[-1] = 1
+    ours = common.color_jitter(x, *one_part(part, factor))
+    theirs = [THEIRS[part](image, by) for image, by in zip(x, factor.tolist())]
+    assert worst(ours, theirs) < 1e-5
+    torch.testing.assert_close(ours[-1], x[-1])
 
 
 def test_hue(x):
@@ -88,9 +96,8 @@ def test_color_jitter_in_every_order(x):
 def test_uint8_images_within_rounding(x):
     """torchvision rounds uint8 images after each transform, ours are rounded never: 1/255 a transform apart."""
     raw = (x * 255).round().byte()
-    factor = torch.full((N, 3), 1.3)
     for part in range(3):
-        ours = common.blend(raw / 255, factor, torch.full((N,), part), torch.ones(N, dtype=torch.bool))
+        ours = common.color_jitter(raw / 255, *one_part(part, torch.tensor(1.3)))
         assert worst(ours, [THEIRS[part](image, 1.3) / 255 for image in raw]) <= 1.01 / 255
     hue = [TF.adjust_hue(image, 0.07) / 255 for image in raw]
     assert worst(common.adjust_hue(raw / 255, torch.full((N,), 0.07)), hue) <= 2.01 / 255
