@@ -12,7 +12,11 @@ https://arxiv.org/abs/2010.08887
     python byol_imix.py --dataset my_images --arch resnet18     # your own: CLASS/* or WORD/*.wav
     python byol_imix.py --dataset my.csv --label-column kind    # your own table
     torchrun --nproc_per_node=4 byol_imix.py                    # four GPUs, the same batch of N
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 byol_imix.py    # two nodes
+
+On two nodes, with a file system in common for data and run folder, on each of them:
+
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
+        byol_imix.py
 
 One step, in the paper's symbols:
 
@@ -81,21 +85,21 @@ def cutmix(x, alpha):
 
 # ---------------------------------------------------------------------------- loss (Section 3.3)
 def byol_loss(g, f_ema, perm=None, lam=None):
-    """l_BYOL, with i-Mix where perm and lam, both (N,), are what the mixing returned.
+    """l_BYOL, with i-Mix where perm and lam, both (N,), are the mixing's.
 
-    g: (N, D), raw predictions for the (mixed) anchors; f_ema: (N, D), raw embeddings of their
-    other views by the EMA network, without gradient: normalised, the columns of F~. Returns the
-    batch mean.
+    g: (N, D), raw predictions for the (mixed) anchors; f_ema: (N, D), the EMA network's raw
+    embeddings of their other views: normalised, the columns of F~. No gradient flows into them.
+    Returns the batch mean.
     """
-    with torch.autocast(g.device.type, enabled=False):
+    with torch.autocast(g.device.type, enabled=False):  # in float32
         g = F.normalize(g.float(), dim=1)
         f_ema = F.normalize(f_ema.detach().float(), dim=1)
         similarity = (g * f_ema).sum(1)  # <g_i, f~_i>  (N,)
         if perm is not None:
             similarity_j = (g * f_ema[perm]).sum(1)  # <g_i, f~_j>  (N,)
             similarity = lam * similarity + (1 - lam) * similarity_j  # <g_i, F~ v>
-        # |g - F~ v|^2 = 1 + |F~ v|^2 - 2 <g, F~ v>, and |F~ v| is 1 but for a mixed label; that
-        # term carries no gradient, and 1 stands in for it, as in the published code.
+        # |g - F~ v|^2 = 2 - 2 <g, F~ v> - (1 - |F~ v|^2). The last term, 0 without mixing, has no
+        # gradient and is left out, as in the published code.
         return (2 - 2 * similarity).mean()
 
 
@@ -166,19 +170,19 @@ def flag(default, help, low=-math.inf, below=math.inf, choices=None):
 class Args:
     """The recipe published for CIFAR; each field is a flag. pretrain() reads those up to seed."""
 
-    alpha: float = flag(1.0, "of Beta(alpha, alpha); 0: without i-Mix", 0, 1e6)
+    alpha: float = flag(1.0, "lambda ~ Beta(alpha, alpha); 0: without i-Mix", 0, 1e6)
     mix: str = flag("mixup", "how i-Mix mixes; cutmix: images", choices=["mixup", "cutmix"])
-    ema: float = flag(0.999, "m of the target; 0: the online network itself", 0, 1)
+    ema: float = flag(0.999, "m: theta_EMA <- m theta_EMA + (1 - m) theta", 0, 1)
     symmetric: bool = flag(False, "both views are anchors in turn, and the loss is their mean")
-    epochs: int = flag(1000, "of pre-training", 1, 1e6)
+    epochs: int = flag(1000, "epochs of pre-training", 1, 1e6)
     lr: float = flag(0.125, "learning rate per 256 examples", 1e-12)
-    schedule: str = flag("cosine", "of the learning rate", choices=["cosine", "step"])
+    schedule: str = flag("cosine", "decay of the learning rate", choices=["cosine", "step"])
     warmup_epochs: int = flag(10, "at most a quarter of --epochs", 0, 1e6)
-    weight_decay: float = flag(1e-4, "of SGD", 0)
+    weight_decay: float = flag(1e-4, "weight decay of SGD", 0)
     amp: str = flag("auto", "auto: bf16 or fp16 on CUDA", choices=["auto", "bf16", "fp16", "off"])
     compile: bool = flag(False, "torch.compile the networks")
     eval_every: int = flag(0, "epochs between linear evaluations; 0: only at the end", 0, 1e6)
-    seed: int = flag(0, "of weights, order, views and mixing", 0, 1e6)
+    seed: int = flag(0, "seed of weights, order, views and mixing", 0, 1e6)
 
     batch_size: int = flag(256, "N, of all processes together", 2, 1e6)
     mask: float = flag(0.2, "table: chance that a view zeroes a continuous value", 0, 1)
@@ -187,7 +191,7 @@ class Args:
                      choices=["resnet18", "resnet34", "resnet50"])
     width: int = flag(64, "table: w of the encoder, whose representations are 32 w long", 1, 1e6)
     dim: int = flag(128, "D, the embeddings' size", 1, 1e6)
-    linear_epochs: int = flag(100, "of the linear evaluation", 1, 1e6)
+    linear_epochs: int = flag(100, "epochs of the linear evaluation", 1, 1e6)
 
     dataset: str = flag("cifar10", "cifar10, cifar100, speech_commands, covtype, digits, or a path")
     data_dir: str = flag("data", "where data sets lie, or are downloaded to")
@@ -195,19 +199,20 @@ class Args:
     train_size: int = flag(None, "image, speech: train on a stratified subset of so many", 1)
     speech_version: str = flag("v0.01", "of Speech Commands", choices=["v0.01", "v0.02"])
     label_column: str = flag(None, "CSV: the labels, for the linear evaluation alone")
-    test_share: float = flag(0.2, "CSV: of the rows", 1e-12, 1)
-    standardize: str = flag("train", "by which rows' mean, deviation", choices=["train", "all"])
+    test_share: float = flag(0.2, "CSV: share of the rows to test on", 1e-12, 1)
+    standardize: str = flag("train", "with the mean of which rows", choices=["train", "all"])
     device: str = flag("auto", "auto (CUDA, else the CPU), cpu, cuda, cuda:1, mps")
     out: str = flag(None, "run folder; default: runs/SCRIPT-DATASET-alphaA-seedS")
     resume: bool = flag(False, "go on with the run in the run folder, if there is one")
 
     def __post_init__(self):
         for f in fields(self):
-            value, low, below = getattr(self, f.name), f.metadata["low"], f.metadata["below"]
+            name, value = f.name.replace("_", "-"), getattr(self, f.name)
+            low, below, choices = (f.metadata[key] for key in ("low", "below", "choices"))
             if f.type in (int, float) and value is not None and not low <= value < below:
-                name = f.name.replace("_", "-")
                 raise ValueError(f"--{name} {value}: not from {low:g} to below {below:g}")
-        self.warmup_epochs = min(self.warmup_epochs, self.epochs // 4)
+            if choices and value not in choices:
+                raise ValueError(f"--{name} {value}: not one of {', '.join(choices)}")
 
 
 RECIPES = {  # what differs from Args by domain
@@ -225,7 +230,8 @@ def learning_rate(step, steps, args):
     Linear warm-up, then cosine decay towards 0, or, the recipe of speech, x 0.1 after 60 % and
     after 80 % of the run.
     """
-    warmup, total = args.warmup_epochs * steps, args.epochs * steps
+    warmup = min(args.warmup_epochs, args.epochs // 4) * steps
+    total = args.epochs * steps
     if step < warmup:
         return args.lr * (step + 1) / warmup
     if args.schedule == "step":
@@ -270,7 +276,7 @@ def save_checkpoint(out, parts, log, **rest):
 
 
 def load_checkpoint(out, parts, **rest):
-    """Put back into parts what save_checkpoint saved; returns the rest as saved, else as given."""
+    """Load the checkpoint in out, if any, into parts; returns the rest as saved, else as given."""
     if out is None or not (out / "checkpoint.pt").exists():
         return rest
     try:
@@ -282,38 +288,44 @@ def load_checkpoint(out, parts, **rest):
                 part.load_state_dict(state[name])
         return {name: state[name] for name in rest}
     except Exception as error:  # of a damaged file, almost any
-        raise ValueError(f"{out / 'checkpoint.pt'} can't be read as this script's checkpoint: move "
-                         "it away to start anew") from error
+        raise ValueError(f"{out / 'checkpoint.pt'} can't be read as a checkpoint of this script "
+                         "and these networks: move it away to start anew") from error
 
 
 def pretrain(encoder, head, predictor, loader, args, out=None, evaluate=None):
     """Pre-train encoder, head and predictor, in place, on their device; returns the log.
 
-    loader: has a len(), yields (x, x_tilde): two float views (N, ...) of one batch; under torchrun
-    the same in every process. out: Path of a folder for checkpoint.pt and log.csv; a checkpoint
-    that is there is gone on from. evaluate(): called every args.eval_every epochs. Seeds torch in
-    each epoch. Raises FloatingPointError once the loss or a weight is no longer finite.
+    predictor: (N, D) -> (N, D).
+    loader: has a len(), yields (x, x_tilde): two float views (N, ...) of a batch, N always the
+    same. args: read from alpha to seed. out: Path of an existing folder for checkpoint.pt and
+    log.csv; if it holds a checkpoint, training resumes from it, and torch is seeded in each epoch,
+    so that this is exact. evaluate(): called every args.eval_every epochs. Under torchrun every
+    process gets the same batches, weights and out. Raises FloatingPointError once loss or weights
+    are no longer finite.
     """
-    device, steps = next(encoder.parameters()).device, len(loader)
+    device = next(encoder.parameters()).device
+    steps = len(loader)  # an epoch
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    amp = autocast_dtype(args.amp, device)
-    online = nn.Sequential(encoder, head).to(memory_format=torch.channels_last)  # the fastest
+    dtype = autocast_dtype(args.amp, device)
+    online = nn.Sequential(encoder, head)
     if world > 1 and device.type == "cuda":
         online = nn.SyncBatchNorm.convert_sync_batchnorm(online)
         predictor = nn.SyncBatchNorm.convert_sync_batchnorm(predictor)
-    target = copy.deepcopy(online.train()).requires_grad_(False)  # its BatchNorm sees the batch
     model = nn.Sequential(online, predictor)  # what is trained
     net = DistributedDataParallel(model, forward_sync_buffers=False) if world > 1 else model
     net = torch.compile(net) if args.compile else net
+    target = copy.deepcopy(online).requires_grad_(False)
+    target.train()  # its BatchNorm sees the batch, too
     target_net = torch.compile(target) if args.compile else target
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)
-    for p in model.parameters():  # else undefined where fp16 makes fused SGD skip the first step
+    for p in model.parameters():  # fused SGD leaves it undefined where fp16 skips the first step
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"online": online, "predictor": predictor, "target": target, "optimizer": optimizer,
              "scaler": scaler}
-    log, save_at = load_checkpoint(out, parts, log=[])["log"], 0.0
+    log = load_checkpoint(out, parts, log=[])["log"]
+    next_save = 0.0
     mix = cutmix if args.mix == "cutmix" else mixup
 
     for epoch in range(len(log) + 1, args.epochs + 1):
@@ -323,33 +335,32 @@ def pretrain(encoder, head, predictor, loader, args, out=None, evaluate=None):
         loss_sum = torch.zeros((), device=device)
 
         for i, (x, x_tilde) in enumerate(loader):
-            x, x_tilde = (v.to(device, non_blocking=True) for v in (x, x_tilde))  # (N, ...) each
-            N, step = len(x), (epoch - 1) * steps + i
-            lr = learning_rate(step, steps, args) * N / 256
+            x = x.to(device, non_blocking=True)  # (N, ...)
+            x_tilde = x_tilde.to(device, non_blocking=True)  # (N, ...)
+            N = len(x)
+            lr = learning_rate((epoch - 1) * steps + i, steps, args) * N / 256
             optimizer.param_groups[0]["lr"] = lr
+            n = N // world
+            rows = slice(rank * n, (rank + 1) * n)  # of the batch's, those that this process embeds
 
-            # Each pair: an anchor, and the view whose target it is to predict.
-            rows = slice(rank * N // world, (rank + 1) * N // world)  # this process's share
-            pairs = [(x, x_tilde)]
-            if args.symmetric:
-                pairs.append((x_tilde, x))
             loss = 0
-            for anchor, other in pairs:
+            pairs = [(x, x_tilde), (x_tilde, x)] if args.symmetric else [(x, x_tilde)]
+            for x, x_tilde in pairs:  # x: the anchors, in turn
                 # i-Mix: the anchors are mixed, never the views that they are compared with.
                 perm = lam = None
                 if args.alpha > 0:
-                    anchor, perm, lam = mix(anchor, args.alpha)
+                    x, perm, lam = mix(x, args.alpha)
 
-                # Predictions by the online network and the predictor, targets by the EMA network.
-                with torch.autocast(device.type, amp, enabled=amp is not None):
-                    g = net(anchor[rows])  # predictor(online(anchor))
+                # Predictions by online network and predictor, targets by the EMA network.
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    g = net(x[rows])  # predictor(online(x))
                     with torch.no_grad():
-                        f_ema = target_net(other[rows])
+                        f_ema = target_net(x_tilde[rows])
                 g, f_ema = gather(g), gather(f_ema)  # (N, D) each
 
                 loss = loss + byol_loss(g, f_ema, perm, lam) / len(pairs)
 
-            # Update. A process's gradient is that of its rows; DDP takes the mean, not the sum.
+            # Update. Each process has its rows' gradient; DDP takes their mean, not their sum.
             optimizer.zero_grad()
             scaler.scale(world * loss).backward()
             scaler.step(optimizer)
@@ -358,27 +369,31 @@ def pretrain(encoder, head, predictor, loader, args, out=None, evaluate=None):
 
             # The loss stays on the device, so that no step waits for the one before.
             loss_sum += loss.detach()
-            if sys.stdout.isatty() and time.monotonic() - shown > 1:
+            if rank == 0 and sys.stdout.isatty() and time.monotonic() - shown > 1:
                 shown = time.monotonic()
                 rate = (i + 1) * N / (shown - start)
                 print(f"epoch {epoch}/{args.epochs}  step {i + 1}/{steps}  {rate:,.0f} "
                       "examples/s  ", end="\r", flush=True)
 
-        loss, seconds = loss_sum.item() / steps, time.monotonic() - start
+        mean_loss = loss_sum.item() / steps
         tensors = [*model.state_dict().values(), *target.state_dict().values()]
         finite = torch.stack([t.isfinite().all() for t in tensors]).all()
-        if not (math.isfinite(loss) and finite):
-            raise FloatingPointError(f"the loss is no longer finite in epoch {epoch}")
-        rate, left = steps * N / seconds, timedelta(seconds=round((args.epochs - epoch) * seconds))
-        log.append({"epoch": epoch, "loss": loss, "lr": lr, "examples_per_s": round(rate, 1)})
+        if not (math.isfinite(mean_loss) and finite):
+            raise FloatingPointError(f"loss or weights are no longer finite in epoch {epoch}: "
+                                     "try a lower --lr")
+        seconds = time.monotonic() - start
+        left = timedelta(seconds=round((args.epochs - epoch) * seconds))
+        rate = steps * N / seconds
+        log.append({"epoch": epoch, "loss": mean_loss, "lr": lr, "examples_per_s": round(rate, 1)})
         if rank > 0:
             continue  # the first process speaks, saves and evaluates for all
-        print(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  lr {lr:.4f}  "
+        print(f"epoch {epoch}/{args.epochs}  loss {mean_loss:.4f}  lr {lr:.4f}  "
               f"{rate:,.0f} examples/s  {left} left", flush=True)
-        if out and (time.monotonic() > save_at or epoch == args.epochs):
-            start = time.monotonic()
+        if out and (time.monotonic() > next_save or epoch == args.epochs):
+            save_start = time.monotonic()
             save_checkpoint(out, parts, log)
-            save_at = start + 100 * (time.monotonic() - start)  # so that it takes 1 % of the time
+            seconds = time.monotonic() - save_start
+            next_save = save_start + 100 * seconds  # so that saving takes 1 % of the time
         if evaluate and args.eval_every and epoch % args.eval_every == 0 and epoch < args.epochs:
             evaluate()
     return log
@@ -419,15 +434,13 @@ def parse_args(argv, find_domain):
         fail(error)
 
 
-def begin_run(out, config, resume):
-    """Begin the run folder, or see that --resume goes on with the same flags and data."""
+def begin_run(out, config):
+    """Begin the run folder, or see that the run in it has the same flags and data."""
     path = out / "config.json"
     if not path.exists() and not (out / "checkpoint.pt").exists():
         out.mkdir(parents=True, exist_ok=True)
         save(json.dumps(config, indent=2) + "\n", path)
         return
-    if not resume:
-        fail(f"{out} holds a run: --resume goes on with it, --out takes another folder")
     was = json.loads(path.read_text())
     may_change = "data_dir device compile out resume eval_every linear_epochs torch".split()
     for name in config:
@@ -437,15 +450,20 @@ def begin_run(out, config, resume):
 
 
 def main(argv=None):
-    import common
+    import common  # here, so that a script that is copied alone can be imported
     args, domain = parse_args(argv, common.domain)
     dataset = Path(args.dataset).name.split(".")[0]
     run = f"{Path(__file__).stem}-{dataset}-alpha{args.alpha:g}-seed{args.seed}"
     out = Path(args.out or f"runs/{run}")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    begun = (out / "config.json").exists() or (out / "checkpoint.pt").exists()
+    if rank == 0 and begun and not args.resume:
+        fail(f"{out} holds a run: --resume goes on with it, --out takes another folder")
 
     # One device, or under torchrun each process's own.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    if world > 1 and device.startswith("cuda:"):
+        fail(f"--device {device}: under torchrun each process takes its own, by --device cuda")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -462,20 +480,22 @@ def main(argv=None):
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all,
-        dist.barrier()  # and may have to download the data or to write a cache
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        dist.barrier()  # it may have to download the data or to write a cache
 
     try:
         data = common.load(domain, args, device)
         if args.batch_size > len(data.x_train):
             fail(f"--batch-size {args.batch_size}: there are {len(data.x_train)} training examples")
         if rank == 0:
-            config = asdict(args) | {"torch": torch.__version__, "data_digest": data.digest()}
-            begin_run(out, config, args.resume)
+            config = asdict(args) | {"device": str(device), "torch": torch.__version__}
+            begin_run(out, config | {"data_digest": data.digest()})
     except (OSError, ValueError) as error:
         fail(error)
     if rank == 0 and world > 1:
         dist.barrier()
+    if not (out / "config.json").exists():
+        fail(f"{out} is not seen by all processes: give them a folder in common")
     print(f"{args.dataset}: {len(data.x_train):,} examples to train on, {len(data.x_test):,} to "
           f"test, {data.num_classes} classes; {world} x {device}; {out}")
     if world > 1 and device.type == "cpu":
@@ -487,7 +507,9 @@ def main(argv=None):
         encoder = MLP5Layer(data.groups, args.width)
         head = projection_head(32 * args.width, args.dim)
     else:
-        encoder = resnet(args.arch, *data.plain(data.x_train[:1]).shape[1:3])
+        _, channels, size, _ = data.plain(data.x_train[:1]).shape
+        encoder = resnet(args.arch, channels, size)
+        encoder = encoder.to(memory_format=torch.channels_last)  # fastest for convolutions
         head = projection_head(2048 if args.arch == "resnet50" else 512, args.dim)
         predictor = predictor[:-1]  # the recipe of images and speech ends without BatchNorm
     if domain == "image":
@@ -504,6 +526,8 @@ def main(argv=None):
 
     try:
         pretrain(encoder, head, predictor, loader, args, out, evaluate)
+        if world > 1:
+            dist.destroy_process_group()
         if rank == 0:
             weights = {name: tensor.cpu() for name, tensor in encoder.state_dict().items()}
             save(weights, out / "encoder.pt")

@@ -17,7 +17,7 @@ One step, in the paper's symbols:
     x, x_tilde = view(images), view(images)     # two views of N examples
     x, perm, lam = mixup(x, alpha)              # x_i <- lam_i x_i + (1 - lam_i) x_j,  j = perm[i]
     f, f_ema = model(x), ema(x_tilde)           # (N, D) each; f_ema, the keys, without gradient
-    loss = lam * l(f, i) + (1 - lam) * l(f, j)  # l(f, n): f_ema_n against all of f_ema and queue
+    loss = lam * l(f, i) + (1 - lam) * l(f, j)  # l(f, n): cross-entropy of f_ema_n among all keys
     theta <- theta - lr * gradient; theta_EMA <- m theta_EMA + (1 - m) theta; queue <- f_ema
 """
 
@@ -79,7 +79,7 @@ def cutmix(x, alpha):
 
 # ---------------------------------------------------------------------------- loss (Section 3.2)
 def moco_loss(f, f_ema, queue, temperature, perm=None, lam=None):
-    """l_MoCo of N + K classes, with i-Mix where perm and lam, both (N,), are what mixing returned.
+    """l_MoCo of N + K classes, with i-Mix where perm and lam, both (N,), are the mixing's.
 
     f: (N, D), raw embeddings of the (mixed) anchors; f_ema: (N, D), the EMA encoder's of their
     other views, the keys; queue: (K, D), normalised keys of earlier batches. No gradient flows
@@ -172,20 +172,20 @@ def flag(default, help, low=-math.inf, below=math.inf, choices=None):
 class Args:
     """The recipe published for CIFAR; each field is a flag. pretrain() reads those up to seed."""
 
-    alpha: float = flag(1.0, "of Beta(alpha, alpha); 0: without i-Mix", 0, 1e6)
+    alpha: float = flag(1.0, "lambda ~ Beta(alpha, alpha); 0: without i-Mix", 0, 1e6)
     mix: str = flag("mixup", "how i-Mix mixes; cutmix: images", choices=["mixup", "cutmix"])
-    ema: float = flag(0.999, "m of the EMA encoder", 0, 1)
+    ema: float = flag(0.999, "m: theta_EMA <- m theta_EMA + (1 - m) theta", 0, 1)
     queue: int = flag(4096, "K, the keys of earlier batches", 1, 1e8)
     temperature: float = flag(0.2, "tau", 1e-12)
-    epochs: int = flag(1000, "of pre-training", 1, 1e6)
+    epochs: int = flag(1000, "epochs of pre-training", 1, 1e6)
     lr: float = flag(0.125, "learning rate per 256 examples", 1e-12)
-    schedule: str = flag("cosine", "of the learning rate", choices=["cosine", "step"])
+    schedule: str = flag("cosine", "decay of the learning rate", choices=["cosine", "step"])
     warmup_epochs: int = flag(10, "at most a quarter of --epochs", 0, 1e6)
-    weight_decay: float = flag(1e-4, "of SGD", 0)
+    weight_decay: float = flag(1e-4, "weight decay of SGD", 0)
     amp: str = flag("auto", "auto: bf16 or fp16 on CUDA", choices=["auto", "bf16", "fp16", "off"])
     compile: bool = flag(False, "torch.compile the networks")
     eval_every: int = flag(0, "epochs between linear evaluations; 0: only at the end", 0, 1e6)
-    seed: int = flag(0, "of weights, order, views and mixing", 0, 1e6)
+    seed: int = flag(0, "seed of weights, order, views and mixing", 0, 1e6)
 
     batch_size: int = flag(256, "N, of all processes together", 2, 1e6)
     mask: float = flag(0.2, "table: chance that a view zeroes a continuous value", 0, 1)
@@ -194,7 +194,7 @@ class Args:
                      choices=["resnet18", "resnet34", "resnet50"])
     width: int = flag(64, "table: w of the encoder, whose representations are 32 w long", 1, 1e6)
     dim: int = flag(128, "D, the embeddings' size", 1, 1e6)
-    linear_epochs: int = flag(100, "of the linear evaluation", 1, 1e6)
+    linear_epochs: int = flag(100, "epochs of the linear evaluation", 1, 1e6)
 
     dataset: str = flag("cifar10", "cifar10, cifar100, speech_commands, covtype, digits, or a path")
     data_dir: str = flag("data", "where data sets lie, or are downloaded to")
@@ -202,19 +202,20 @@ class Args:
     train_size: int = flag(None, "image, speech: train on a stratified subset of so many", 1)
     speech_version: str = flag("v0.01", "of Speech Commands", choices=["v0.01", "v0.02"])
     label_column: str = flag(None, "CSV: the labels, for the linear evaluation alone")
-    test_share: float = flag(0.2, "CSV: of the rows", 1e-12, 1)
-    standardize: str = flag("train", "by which rows' mean, deviation", choices=["train", "all"])
+    test_share: float = flag(0.2, "CSV: share of the rows to test on", 1e-12, 1)
+    standardize: str = flag("train", "with the mean of which rows", choices=["train", "all"])
     device: str = flag("auto", "auto (CUDA, else the CPU), cpu, cuda, cuda:1, mps")
     out: str = flag(None, "run folder; default: runs/SCRIPT-DATASET-alphaA-seedS")
     resume: bool = flag(False, "go on with the run in the run folder, if there is one")
 
     def __post_init__(self):
         for f in fields(self):
-            value, low, below = getattr(self, f.name), f.metadata["low"], f.metadata["below"]
+            name, value = f.name.replace("_", "-"), getattr(self, f.name)
+            low, below, choices = (f.metadata[key] for key in ("low", "below", "choices"))
             if f.type in (int, float) and value is not None and not low <= value < below:
-                name = f.name.replace("_", "-")
                 raise ValueError(f"--{name} {value}: not from {low:g} to below {below:g}")
-        self.warmup_epochs = min(self.warmup_epochs, self.epochs // 4)
+            if choices and value not in choices:
+                raise ValueError(f"--{name} {value}: not one of {', '.join(choices)}")
 
 
 RECIPES = {  # what differs from Args by domain
@@ -232,7 +233,8 @@ def learning_rate(step, steps, args):
     Linear warm-up, then cosine decay towards 0, or, the recipe of speech, x 0.1 after 60 % and
     after 80 % of the run.
     """
-    warmup, total = args.warmup_epochs * steps, args.epochs * steps
+    warmup = min(args.warmup_epochs, args.epochs // 4) * steps
+    total = args.epochs * steps
     if step < warmup:
         return args.lr * (step + 1) / warmup
     if args.schedule == "step":
@@ -277,7 +279,7 @@ def save_checkpoint(out, parts, log, **rest):
 
 
 def load_checkpoint(out, parts, **rest):
-    """Put back into parts what save_checkpoint saved; returns the rest as saved, else as given."""
+    """Load the checkpoint in out, if any, into parts; returns the rest as saved, else as given."""
     if out is None or not (out / "checkpoint.pt").exists():
         return rest
     try:
@@ -289,39 +291,44 @@ def load_checkpoint(out, parts, **rest):
                 part.load_state_dict(state[name])
         return {name: state[name] for name in rest}
     except Exception as error:  # of a damaged file, almost any
-        raise ValueError(f"{out / 'checkpoint.pt'} can't be read as this script's checkpoint: move "
-                         "it away to start anew") from error
+        raise ValueError(f"{out / 'checkpoint.pt'} can't be read as a checkpoint of this script "
+                         "and these networks: move it away to start anew") from error
 
 
 def pretrain(encoder, head, loader, args, out=None, evaluate=None):
     """Pre-train encoder and head, in place, on the device that they are on; returns the log.
 
-    loader: has a len(), yields (x, x_tilde): two float views (N, ...) of one batch; under torchrun
-    the same in every process. out: Path of a folder for checkpoint.pt and log.csv; a checkpoint
-    that is there is gone on from. evaluate(): called every args.eval_every epochs. Seeds torch in
-    each epoch. Raises FloatingPointError once the loss or a weight is no longer finite.
+    loader: has a len(), yields (x, x_tilde): two float views (N, ...) of a batch, N always the
+    same. args: read from alpha to seed. out: Path of an existing folder for checkpoint.pt and
+    log.csv; if it holds a checkpoint, training resumes from it, and torch is seeded in each epoch,
+    so that this is exact. evaluate(): called every args.eval_every epochs. Under torchrun every
+    process gets the same batches, weights and out. Raises FloatingPointError once loss or weights
+    are no longer finite.
     """
-    device, steps = next(encoder.parameters()).device, len(loader)
+    device = next(encoder.parameters()).device
+    steps = len(loader)  # an epoch
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    amp = autocast_dtype(args.amp, device)
-    model = nn.Sequential(encoder, head).to(memory_format=torch.channels_last)  # the fastest
+    dtype = autocast_dtype(args.amp, device)
+    model = nn.Sequential(encoder, head)
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    ema = copy.deepcopy(model.train()).requires_grad_(False)  # its BatchNorm sees the batch, too
-    D = list(head.parameters())[-1].shape[0]
-    torch.manual_seed(args.seed * 10**6)
-    queue = F.normalize(torch.randn(args.queue, D, device=device), dim=1)  # mu, at first random
     net = DistributedDataParallel(model, forward_sync_buffers=False) if world > 1 else model
     net = torch.compile(net) if args.compile else net
+    ema = copy.deepcopy(model).requires_grad_(False)
+    ema.train()  # its BatchNorm sees the batch, too
     ema_net = torch.compile(ema) if args.compile else ema
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)
-    for p in model.parameters():  # else undefined where fp16 makes fused SGD skip the first step
+    for p in model.parameters():  # fused SGD leaves it undefined where fp16 skips the first step
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    D = list(head.parameters())[-1].shape[0]  # the bias of its last Linear or BatchNorm: (D,)
+    torch.manual_seed(args.seed * 10**6)
+    queue = F.normalize(torch.randn(args.queue, D, device=device), dim=1)  # mu, at first random
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     rest = load_checkpoint(out, parts, log=[], queue=queue)
-    log, queue, save_at = rest["log"], rest["queue"].to(device), 0.0
+    log, queue = rest["log"], rest["queue"].to(device)
+    next_save = 0.0
     mix = cutmix if args.mix == "cutmix" else mixup
 
     for epoch in range(len(log) + 1, args.epochs + 1):
@@ -331,20 +338,22 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
         loss_sum = torch.zeros((), device=device)
 
         for i, (x, x_tilde) in enumerate(loader):
-            x, x_tilde = (v.to(device, non_blocking=True) for v in (x, x_tilde))  # (N, ...) each
-            N, step = len(x), (epoch - 1) * steps + i
-            lr = learning_rate(step, steps, args) * N / 256
+            x = x.to(device, non_blocking=True)  # (N, ...)
+            x_tilde = x_tilde.to(device, non_blocking=True)  # (N, ...)
+            N = len(x)
+            lr = learning_rate((epoch - 1) * steps + i, steps, args) * N / 256
             optimizer.param_groups[0]["lr"] = lr
+            n = N // world
+            rows = slice(rank * n, (rank + 1) * n)  # of the batch's, those that this process embeds
 
             # i-Mix: the anchors are mixed, never the views that they are compared with.
             perm = lam = None
             if args.alpha > 0:
                 x, perm, lam = mix(x, args.alpha)
 
-            # Queries by the encoder, keys by the EMA encoder. No shuffled BatchNorm: it sees the
-            # whole batch, whose order does not matter to it.
-            rows = slice(rank * N // world, (rank + 1) * N // world)  # this process's share
-            with torch.autocast(device.type, amp, enabled=amp is not None):
+            # Queries by the encoder, keys by the EMA encoder. BatchNorm need not be shuffled: it
+            # sees the whole batch (but for several processes on the CPU).
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 f = net(x[rows])
                 with torch.no_grad():
                     f_ema = ema_net(x_tilde[rows])
@@ -352,7 +361,7 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
 
             loss = moco_loss(f, f_ema, queue, args.temperature, perm, lam)
 
-            # Update. A process's gradient is that of its rows; DDP takes the mean, not the sum.
+            # Update. Each process has its rows' gradient; DDP takes their mean, not their sum.
             optimizer.zero_grad()
             scaler.scale(world * loss).backward()
             scaler.step(optimizer)
@@ -362,27 +371,31 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
 
             # The loss stays on the device, so that no step waits for the one before.
             loss_sum += loss.detach()
-            if sys.stdout.isatty() and time.monotonic() - shown > 1:
+            if rank == 0 and sys.stdout.isatty() and time.monotonic() - shown > 1:
                 shown = time.monotonic()
                 rate = (i + 1) * N / (shown - start)
                 print(f"epoch {epoch}/{args.epochs}  step {i + 1}/{steps}  {rate:,.0f} "
                       "examples/s  ", end="\r", flush=True)
 
-        loss, seconds = loss_sum.item() / steps, time.monotonic() - start
+        mean_loss = loss_sum.item() / steps
         tensors = [*model.state_dict().values(), *ema.state_dict().values()]
         finite = torch.stack([t.isfinite().all() for t in tensors]).all()
-        if not (math.isfinite(loss) and finite):
-            raise FloatingPointError(f"the loss is no longer finite in epoch {epoch}")
-        rate, left = steps * N / seconds, timedelta(seconds=round((args.epochs - epoch) * seconds))
-        log.append({"epoch": epoch, "loss": loss, "lr": lr, "examples_per_s": round(rate, 1)})
+        if not (math.isfinite(mean_loss) and finite):
+            raise FloatingPointError(f"loss or weights are no longer finite in epoch {epoch}: "
+                                     "try a lower --lr")
+        seconds = time.monotonic() - start
+        left = timedelta(seconds=round((args.epochs - epoch) * seconds))
+        rate = steps * N / seconds
+        log.append({"epoch": epoch, "loss": mean_loss, "lr": lr, "examples_per_s": round(rate, 1)})
         if rank > 0:
             continue  # the first process speaks, saves and evaluates for all
-        print(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  lr {lr:.4f}  "
+        print(f"epoch {epoch}/{args.epochs}  loss {mean_loss:.4f}  lr {lr:.4f}  "
               f"{rate:,.0f} examples/s  {left} left", flush=True)
-        if out and (time.monotonic() > save_at or epoch == args.epochs):
-            start = time.monotonic()
+        if out and (time.monotonic() > next_save or epoch == args.epochs):
+            save_start = time.monotonic()
             save_checkpoint(out, parts, log, queue=queue)
-            save_at = start + 100 * (time.monotonic() - start)  # so that it takes 1 % of the time
+            seconds = time.monotonic() - save_start
+            next_save = save_start + 100 * seconds  # so that saving takes 1 % of the time
         if evaluate and args.eval_every and epoch % args.eval_every == 0 and epoch < args.epochs:
             evaluate()
     return log
@@ -423,15 +436,13 @@ def parse_args(argv, find_domain):
         fail(error)
 
 
-def begin_run(out, config, resume):
-    """Begin the run folder, or see that --resume goes on with the same flags and data."""
+def begin_run(out, config):
+    """Begin the run folder, or see that the run in it has the same flags and data."""
     path = out / "config.json"
     if not path.exists() and not (out / "checkpoint.pt").exists():
         out.mkdir(parents=True, exist_ok=True)
         save(json.dumps(config, indent=2) + "\n", path)
         return
-    if not resume:
-        fail(f"{out} holds a run: --resume goes on with it, --out takes another folder")
     was = json.loads(path.read_text())
     may_change = "data_dir device compile out resume eval_every linear_epochs torch".split()
     for name in config:
@@ -441,15 +452,20 @@ def begin_run(out, config, resume):
 
 
 def main(argv=None):
-    import common
+    import common  # here, so that a script that is copied alone can be imported
     args, domain = parse_args(argv, common.domain)
     dataset = Path(args.dataset).name.split(".")[0]
     run = f"{Path(__file__).stem}-{dataset}-alpha{args.alpha:g}-seed{args.seed}"
     out = Path(args.out or f"runs/{run}")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    begun = (out / "config.json").exists() or (out / "checkpoint.pt").exists()
+    if rank == 0 and begun and not args.resume:
+        fail(f"{out} holds a run: --resume goes on with it, --out takes another folder")
 
     # One device, or under torchrun each process's own.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    if world > 1 and device.startswith("cuda:"):
+        fail(f"--device {device}: under torchrun each process takes its own, by --device cuda")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -466,20 +482,22 @@ def main(argv=None):
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all,
-        dist.barrier()  # and may have to download the data or to write a cache
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        dist.barrier()  # it may have to download the data or to write a cache
 
     try:
         data = common.load(domain, args, device)
         if args.batch_size > len(data.x_train):
             fail(f"--batch-size {args.batch_size}: there are {len(data.x_train)} training examples")
         if rank == 0:
-            config = asdict(args) | {"torch": torch.__version__, "data_digest": data.digest()}
-            begin_run(out, config, args.resume)
+            config = asdict(args) | {"device": str(device), "torch": torch.__version__}
+            begin_run(out, config | {"data_digest": data.digest()})
     except (OSError, ValueError) as error:
         fail(error)
     if rank == 0 and world > 1:
         dist.barrier()
+    if not (out / "config.json").exists():
+        fail(f"{out} is not seen by all processes: give them a folder in common")
     print(f"{args.dataset}: {len(data.x_train):,} examples to train on, {len(data.x_test):,} to "
           f"test, {data.num_classes} classes; {world} x {device}; {out}")
     if world > 1 and device.type == "cpu":
@@ -490,7 +508,9 @@ def main(argv=None):
         encoder = MLP5Layer(data.groups, args.width)
         head = projection_head(32 * args.width, args.dim)
     else:
-        encoder = resnet(args.arch, *data.plain(data.x_train[:1]).shape[1:3])
+        _, channels, size, _ = data.plain(data.x_train[:1]).shape
+        encoder = resnet(args.arch, channels, size)
+        encoder = encoder.to(memory_format=torch.channels_last)  # fastest for convolutions
         head = projection_head(2048 if args.arch == "resnet50" else 512, args.dim)
     if domain == "image":
         head = head[:-1]  # the recipe of images ends without BatchNorm
@@ -506,6 +526,8 @@ def main(argv=None):
 
     try:
         pretrain(encoder, head, loader, args, out, evaluate)
+        if world > 1:
+            dist.destroy_process_group()
         if rank == 0:
             weights = {name: tensor.cpu() for name, tensor in encoder.state_dict().items()}
             save(weights, out / "encoder.pt")

@@ -6,6 +6,7 @@ on a card. A Watch sees each operator, and notes those for which the host would 
 """
 
 import contextlib
+import sys
 import traceback
 from unittest import mock
 
@@ -19,25 +20,25 @@ from torch.utils._pytree import tree_leaves
 import common
 
 DEVICE = torch.device("cuda", 0)
-MODULES = {"common", "npair_tabular", "simclr_imix", "moco_imix", "byol_imix", __name__}
+SCRIPTS = {"common", "npair_tabular", "simclr_imix", "moco_imix", "byol_imix"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
-NO_KERNEL = {"_unsafe_view", "empty", "empty_like", "prim::device"}
+NO_KERNEL = {"empty", "empty_like", "_unsafe_view", "prim::device"}
 
 
 def place():
-    """Where on the stack a script is, or backward() below: "module.function"."""
-    for frame, _ in traceback.walk_stack(None):
-        module, function = frame.f_globals["__name__"], frame.f_code.co_name
-        if module in MODULES and function not in ("place", "__torch_dispatch__"):
-            return f"{module}.{function}"
+    """Which function of the scripts, or backward() below, is running: "module.function"."""
+    for frame, _ in traceback.walk_stack(sys._getframe()):
+        module = frame.f_globals["__name__"]
+        if module in SCRIPTS or frame.f_code is backward.__code__:
+            return f"{module}.{frame.f_code.co_name}"
 
 
 class Watch(TorchDispatchMode):
     """What operators did since clear().
 
     waits: list of (operator, place) that read a value or copied between host and card; products:
-    set of (place, dtype) of the operands of matrix products and convolutions; norms: set of dtypes
-    of which norms were taken; launches: the number of operators that run on the card.
+    set of (place, dtype) of the operands of matrix products and convolutions; norms: set of the
+    dtypes of which norms were taken; launches: the number of operators that ran on the card.
     """
 
     def __init__(self):
@@ -64,7 +65,7 @@ class Watch(TorchDispatchMode):
             out = func(*args, **kwargs)
 
         tensors += [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        on_card = {t.is_cuda for t in tensors  # a host's single number costs no copy
+        on_card = {t.is_cuda for t in tensors  # the host's single numbers go along with a launch
                    if t.is_cuda or t.dim() > 0 or "copy" in name}
         by_mask = "index_put" in name and any(t.dtype == torch.bool for t in tensors)
         if len(on_card) > 1 or (True in on_card and by_mask):  # a copy, or an index on the host
@@ -104,20 +105,22 @@ def backward(loss):
 @contextlib.contextmanager
 def fake_cuda():
     """Within it "cuda" is a fake device; yields a Watch."""
-    with contextlib.ExitStack() as stack:
-        def patch(owner, name, value, **kwargs):
-            stack.enter_context(mock.patch.object(owner, name, value, **kwargs))
+    def mel_filters(bins, low, high, bands, *rest):  # torchaudio's needs values
+        return torch.empty(bins, bands)
 
-        patch(torch.Tensor, "backward", backward)
-        patch(nn.Module, "to", lambda module, **kwargs: module)  # fake weights can't be swapped
-        patch(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True)  # one for all
-        patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-        patch(torch.cuda, "is_bf16_supported", lambda: True)
-        patch(torch.cuda, "get_rng_state", lambda device: None)
-        patch(torch.cuda, "set_rng_state", lambda state, device: None)
-        patch(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9))
-        patch(torchaudio.functional, "melscale_fbanks",  # needs values
-              lambda bins, low, high, bands, *rest: torch.empty(bins, bands))
-        stack.callback(common.mel_filters.cache_clear)  # which keeps a fake tensor
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        yield stack.enter_context(Watch())
+    patch = mock.patch.object
+    with (patch(torch.cuda, "is_bf16_supported", lambda: True),
+          patch(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9)),
+          patch(torch.cuda, "get_rng_state", lambda device: None),
+          patch(torch.cuda, "set_rng_state", lambda state, device: None),
+          patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+          patch(torch.Tensor, "backward", backward),
+          patch(nn.Module, "to", lambda module, **kwargs: module),  # can't swap fake weights
+          patch(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True),
+          patch(torchaudio.functional, "melscale_fbanks", mel_filters),
+          FakeTensorMode(allow_non_fake_inputs=True),  # those from NumPy
+          Watch() as watch):
+        try:
+            yield watch
+        finally:
+            common.mel_filters.cache_clear()  # it keeps a fake tensor

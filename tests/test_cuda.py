@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA path without a card, on the fake one of fake_cuda.py."""
+"""The CUDA path without a card, on the fake device of fake_cuda.py."""
 
 import wave
 
@@ -17,21 +17,18 @@ import moco_imix
 import npair_tabular
 import simclr_imix
 
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available() or not torch.backends.cuda.is_built(),
+                       reason="for PyTorch built with CUDA where there is no card"),
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
+]
 
 AMPS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CASES = [(npair_tabular, "table", {}),
-         (npair_tabular, "table", {"alpha": 0.0}),
-         (simclr_imix, "image", {"mix": "mixup"}),
-         (simclr_imix, "image", {"mix": "cutmix"}),
-         (simclr_imix, "image", {"alpha": 0.0, "loss": "nt-xent"}),
-         (simclr_imix, "speech", {}),
-         (moco_imix, "table", {}),
-         (moco_imix, "image", {"mix": "cutmix"}),
-         (moco_imix, "speech", {}),
-         (byol_imix, "table", {}),
-         (byol_imix, "image", {"symmetric": True}),
-         (byol_imix, "speech", {})]
+CASES = [(npair_tabular, "table", {}), (npair_tabular, "table", {"alpha": 0.0}),
+         (simclr_imix, "image", {"mix": "mixup"}), (simclr_imix, "image", {"mix": "cutmix"}),
+         (simclr_imix, "image", {"alpha": 0.0, "loss": "nt-xent"}), (simclr_imix, "speech", {}),
+         (moco_imix, "table", {}), (moco_imix, "image", {"mix": "cutmix"}),
+         (byol_imix, "table", {}), (byol_imix, "image", {"symmetric": True})]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 def load(script, domain, folder):
-    """The Dataset, on the card, and the script's networks, of the ResNet the first stage of four."""
+    """The Dataset on the card, and the script's networks, of a ResNet the first of four stages."""
     dataset = "digits" if domain == "table" else str(folder / domain)
     data = common.load(domain, script.Args(dataset=dataset), DEVICE)
     with DEVICE:
@@ -94,15 +91,15 @@ def test_pretrain(folder, script, domain, options, amp):
     check(folder, script, domain, options, amp)
 
 
-FAULTS = {  # what a loss might do to embeddings f, and what is said of it
+FAULTS = {  # what a loss might do to embeddings f, and what then fails
     "read a value": (lambda f: float(f.sum()), "'read', 'npair_tabular.n_pair_loss'"),
     "copy to the host": (lambda f: f.to("cpu"), "'_to_copy', 'npair_tabular.n_pair_loss'"),
     "copy a number": (lambda f: f.sum().cpu(), "'_to_copy', 'npair_tabular.n_pair_loss'"),
-    "mix devices": (lambda f: f * torch.ones(len(f), 1), "found at least two devices"),
+    "mix devices": (lambda f: f * torch.ones(len(f), 1), "at least two devices"),
     "index on the host": (lambda f: f[torch.arange(9)], "'index', 'npair_tabular.n_pair_loss'"),
     "select by a mask": (lambda f: f[f > 0], "nonzero"),
-    "put by a mask": (lambda f: f.index_put((f > 0,), f), "'index_put', 'npair_tabular.n_pair_loss'"),
-    "round": (lambda f: f.bfloat16() @ f.bfloat16().T, "npair_tabular.n_pair_loss"),
+    "put by a mask": (lambda f: f.index_put((f > 0,), f), "'index_put', 'npair_tabular.n_pair"),
+    "round": (lambda f: f.bfloat16() @ f.bfloat16().T, "n_pair_loss\nassert torch.bfloat16 =="),
 }
 
 
@@ -122,7 +119,7 @@ def test_faults_are_noticed(monkeypatch, folder, fault, message):
 @pytest.mark.parametrize("script, domain", [(npair_tabular, "table"), (simclr_imix, "image"),
                                             (moco_imix, "table"), (byol_imix, "table")])
 def test_going_on_from_a_checkpoint(monkeypatch, tmp_path, folder, script, domain):
-    """A checkpoint's tensors come back on the host; torch.save can't write fake ones."""
+    """A checkpoint comes back on the host. torch.save can't write fake tensors: a list has them."""
     saved = []
 
     def save(state, path):

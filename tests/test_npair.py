@@ -134,8 +134,10 @@ def test_learning_rate_at_its_corners():
 
 
 def test_the_warm_up_is_at_most_a_quarter():
-    assert npair.Args(epochs=500).warmup_epochs == npair.Args(epochs=40).warmup_epochs == 10
-    assert npair.Args(epochs=39).warmup_epochs == 9 and npair.Args(epochs=3).warmup_epochs == 0
+    for epochs, warmup in ((500, 10), (40, 10), (39, 9), (3, 0)):
+        args = npair.Args(lr=1.0, epochs=epochs)
+        rates = [npair.learning_rate(step, 1, args) for step in range(epochs)]
+        assert rates.index(1.0) == max(warmup - 1, 0)
 
 
 class RandomViews:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The views of images: each transform against torchvision's, and the distributions of its random parameters."""
+"""The views of images: each transform against torchvision's, and how its parameters are drawn."""
 
 import itertools
 import math
@@ -13,42 +13,57 @@ from sklearn.datasets import load_sample_images
 import common
 
 N, SIZE = 64, 32
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
 def x():
-    """Photographs, cut into (64, 3, 32, 32) in [0, 1]: smooth parts, edges, saturated and gray pixels."""
-    photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images]).permute(0, 3, 1, 2) / 255
-    tiles = photos[:, :, :416, :640].unfold(2, 52, 52).unfold(3, 40, 40).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-    tiles = TF.resize(tiles[:: len(tiles) // N][:N], [SIZE, SIZE]).clamp(0, 1)
+    """Tiles of photographs, (64, 3, 32, 32) in [0, 1]: smooth parts, edges, vivid and gray."""
+    photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images])
+    photos = photos.permute(0, 3, 1, 2)[:, :, :416, :640] / 255
+    tiles = photos.unfold(2, 52, 52).unfold(3, 40, 40)  # (2, 3, 8, 16, 52, 40)
+    tiles = tiles.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    tiles = tiles[:: len(tiles) // N][:N]
+    tiles = TF.resize(tiles, [SIZE, SIZE]).clamp(0, 1)
     tiles[0], tiles[1], tiles[2] = 0, 1, 0.5  # where hue has no meaning
-    tiles[3] = torch.rand(3, 1, 1).expand(3, SIZE, SIZE)
+    tiles[3] = torch.tensor([0.2, 0.7, 0.4])[:, None, None]  # one colour
     assert tiles.shape == (N, 3, SIZE, SIZE)
     return tiles
 
 
 def worst(ours, theirs):
-    return max((a - b).abs().max().item() for a, b in zip(ours, theirs))
+    """The largest difference between two lists of images."""
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
 
+# ----------------------------------------------------------------------- transforms
 @pytest.mark.parametrize("flip", [False, True])
 def test_resized_crop(x, flip):
-    torch.manual_seed(0)
-    top, left, height, width = common.random_resized_crop(N, SIZE, x.device)
+    top, left, height, width = common.random_resized_crop(N, SIZE, CPU)
     ours = common.resized_crop(x, top, left, height, width, torch.full((N,), flip), SIZE)
     boxes = torch.stack([top, left, height, width], dim=1).int().tolist()
     theirs = [TF.resized_crop(image, *box, [SIZE, SIZE]) for image, box in zip(x, boxes)]
-    assert worst(ours, [image.flip(-1) for image in theirs] if flip else theirs) < 1e-5
+    if flip:
+        theirs = [image.flip(-1) for image in theirs]
+    assert worst(ours, theirs) < 1e-5
 
 
 def test_resized_crop_at_its_corners(x):
     boxes = [(0, 0, 32, 32), (31, 31, 1, 1), (0, 0, 1, 32), (5, 0, 27, 1)]
-    parameters = torch.tensor(boxes, dtype=torch.float32).unbind(1)
-    ours = common.resized_crop(x[4:8], *parameters, torch.zeros(4, dtype=torch.bool), SIZE)
+    top, left, height, width = torch.tensor(boxes, dtype=torch.float32).unbind(1)
+    no_flip = torch.zeros(4, dtype=torch.bool)
+    ours = common.resized_crop(x[4:8], top, left, height, width, no_flip, SIZE)
     theirs = [TF.resized_crop(image, *box, [SIZE, SIZE]) for image, box in zip(x[4:8], boxes)]
-    assert worst(ours, theirs) < 1e-5 and torch.equal(ours[0], x[4])
+    assert worst(ours, theirs) < 1e-5
+    assert torch.equal(ours[0], x[4])
 
 
+# Of color_jitter's parts 0, 1 and 2.
 THEIRS = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation]
 
 
@@ -77,64 +92,80 @@ def test_hue(x):
 
 
 def test_grayscale(x):
-    assert worst(common.grayscale(x), [TF.rgb_to_grayscale(image) for image in x]) < 1e-5
+    theirs = [TF.rgb_to_grayscale(image) for image in x]
+    assert worst(common.grayscale(x), theirs) < 1e-5
 
 
 def test_color_jitter_in_every_order(x):
-    factors, shift = torch.empty(N, 3).uniform_(0.6, 1.4), torch.empty(N).uniform_(-0.1, 0.1)
+    factors = torch.empty(N, 3).uniform_(0.6, 1.4)
+    shift = torch.empty(N).uniform_(-0.1, 0.1)
     orders = torch.rand(N, 4).argsort(dim=1)
     orders[:24] = torch.tensor(list(itertools.permutations(range(4))))
-    assert len({tuple(order) for order in orders.tolist()}) == 24
     ours = common.color_jitter(x, factors, shift, orders)
     for i in range(N):
         image = x[i]
         for part in orders[i].tolist():
-            image = TF.adjust_hue(image, shift[i].item()) if part == 3 else THEIRS[part](image, factors[i, part].item())
-        assert worst([ours[i]], [image]) < 1e-4
+            if part == 3:
+                image = TF.adjust_hue(image, shift[i].item())
+            else:
+                image = THEIRS[part](image, factors[i, part].item())
+        assert worst([ours[i]], [image]) < 1e-4, orders[i]
 
 
 def test_uint8_images_within_rounding(x):
-    """torchvision rounds uint8 images after each transform, ours are rounded never: 1/255 a transform apart."""
+    """torchvision rounds uint8 images after each transform, ours never: 1/255 a transform."""
     raw = (x * 255).round().byte()
     for part in range(3):
         ours = common.color_jitter(raw / 255, *one_part(part, torch.tensor(1.3)))
-        assert worst(ours, [THEIRS[part](image, 1.3) / 255 for image in raw]) <= 1.01 / 255
-    hue = [TF.adjust_hue(image, 0.07) / 255 for image in raw]
-    assert worst(common.adjust_hue(raw / 255, torch.full((N,), 0.07)), hue) <= 2.01 / 255
-    box = torch.tensor([[3.0, 4, 20, 15]]).expand(N, 4).unbind(1)
-    crop = [TF.resized_crop(image, 3, 4, 20, 15, [SIZE, SIZE]) / 255 for image in raw]
-    assert worst(common.resized_crop(raw / 255, *box, torch.zeros(N, dtype=torch.bool), SIZE), crop) <= 1.01 / 255
+        theirs = [THEIRS[part](image, 1.3) / 255 for image in raw]
+        assert worst(ours, theirs) <= 1.01 / 255
+
+    ours = common.adjust_hue(raw / 255, torch.full((N,), 0.07))
+    theirs = [TF.adjust_hue(image, 0.07) / 255 for image in raw]
+    assert worst(ours, theirs) <= 2.01 / 255
+
+    top, left, height, width = torch.tensor([[3.0, 4, 20, 15]]).expand(N, 4).unbind(1)
+    no_flip = torch.zeros(N, dtype=torch.bool)
+    ours = common.resized_crop(raw / 255, top, left, height, width, no_flip, SIZE)
+    theirs = [TF.resized_crop(image, 3, 4, 20, 15, [SIZE, SIZE]) / 255 for image in raw]
+    assert worst(ours, theirs) <= 1.01 / 255
 
 
-def test_crop_parameters_follow_torchvisions_distribution(monkeypatch):
-    torch.manual_seed(0)
-    n = 100_000
-    ours = torch.stack(common.random_resized_crop(n, SIZE, torch.device("cpu")), dim=1)
+# ----------------------------------------------------------------------- how they are drawn
+def test_crop_parameters_follow_torchvisions_distribution():
+    ours = torch.stack(common.random_resized_crop(100_000, SIZE, CPU), dim=1)
     transform = v2.RandomResizedCrop(SIZE, scale=(0.2, 1.0))
     image = torch.zeros(3, SIZE, SIZE)
-    keys = ("top", "left", "height", "width")
-    theirs = [transform.make_params([image]) for _ in range(20_000)]
-    theirs = torch.tensor([[p[key] for key in keys] for p in theirs], dtype=torch.float32)
+    theirs = []
+    for _ in range(20_000):
+        drawn = transform.make_params([image])
+        theirs.append([drawn["top"], drawn["left"], drawn["height"], drawn["width"]])
+    theirs = torch.tensor(theirs, dtype=torch.float32)
+
     standard_error = theirs.std(dim=0) / math.sqrt(len(theirs))
     assert ((ours.mean(dim=0) - theirs.mean(dim=0)).abs() < 4 * standard_error).all()
     assert ((ours.std(dim=0) / theirs.std(dim=0) - 1).abs() < 0.02).all()
+    # Boxes that do not fit are rejected, which bends the distribution of areas.
     area, their_area = ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]
-    for q in (0.05, 0.25, 0.5, 0.75, 0.95):  # the rejection of boxes that do not fit bends the areas' distribution
+    for q in (0.05, 0.25, 0.5, 0.75, 0.95):
         assert abs(area.quantile(q) - their_area.quantile(q)) < 16
-    assert (ours[:, 0] + ours[:, 2] <= SIZE).all() and (ours[:, 1] + ours[:, 3] <= SIZE).all() and (ours >= 0).all()
-    assert (ours[:, 2:] >= 1).all()
+    top, left, height, width = ours.unbind(1)
+    assert top.min() >= 0 and left.min() >= 0
+    assert height.min() >= 1 and width.min() >= 1
+    assert (top + height).max() <= SIZE and (left + width).max() <= SIZE
 
 
 def test_a_crop_that_never_fits_is_the_whole_image(monkeypatch):
-    """One image, ten tries that are all too wide: torchvision's fallback for a square image is all of it."""
-    uniform = torch.Tensor.uniform_
-    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low, high: uniform(self, low, high).fill_(high))
-    crop = common.random_resized_crop(5, SIZE, torch.device("cpu"))  # area 1 x ratio 4/3
+    """Ten tries that are all too wide: torchvision's fallback for a square image is all of it."""
+    def uniform(self, low, high):
+        return self.fill_(high)  # area 1, ratio 4/3
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
+    crop = common.random_resized_crop(5, SIZE, CPU)
     assert torch.stack(crop, dim=1).tolist() == [[0, 0, SIZE, SIZE]] * 5
 
 
 def test_view_applies_its_parts_as_often_as_torchvision(monkeypatch):
-    torch.manual_seed(0)
     n = 4000
     x = torch.rand(1, 3, 8, 8).expand(n, 3, 8, 8) * 0.4 + 0.3
     seen = {}
@@ -151,53 +182,57 @@ def test_view_applies_its_parts_as_often_as_torchvision(monkeypatch):
     monkeypatch.setattr(common, "color_jitter", color_jitter)
     monkeypatch.setattr(common, "resized_crop", resized_crop)
     view = common.image_view(x)
+    assert abs(seen["flip"].float().mean() - 0.5) < 0.03
+
     untouched = (seen["factors"] == 1).all(dim=1) & (seen["shift"] == 0)
     assert abs(untouched.float().mean() - 0.2) < 0.03
     factors, shift = seen["factors"][~untouched], seen["shift"][~untouched]
-    assert factors.min() >= 0.6 and factors.max() <= 1.4 and (factors.mean(dim=0) - 1).abs().max() < 0.02
+    assert factors.min() >= 0.6 and factors.max() <= 1.4
+    assert (factors.mean(dim=0) - 1).abs().max() < 0.02
     assert (factors.std(dim=0) - 0.8 / math.sqrt(12)).abs().max() < 0.01
-    assert shift.abs().max() <= 0.1 and abs(shift.mean()) < 0.005 and abs(shift.std() - 0.2 / math.sqrt(12)) < 0.003
     assert factors.T.corrcoef().fill_diagonal_(0).abs().max() < 0.06
+    assert shift.abs().max() <= 0.1 and abs(shift.mean()) < 0.005
+    assert abs(shift.std() - 0.2 / math.sqrt(12)) < 0.003
     _, counts = seen["order"].unique(dim=0, return_counts=True)
     assert len(counts) == 24 and counts.min() > 110 and counts.max() < 230  # 167 on average
-    assert abs(seen["flip"].float().mean() - 0.5) < 0.03
+
     gray = (view.amax(dim=1) - view.amin(dim=1)).amax(dim=(1, 2)) < 1e-6
     assert abs(gray.float().mean() - 0.2) < 0.03
 
 
 def test_two_views_of_an_image_are_independent(x):
-    torch.manual_seed(0)
     images = x[10:11].expand(2000, 3, SIZE, SIZE)
-    loader = common.TwoViews(images, common.image_view, 2000)
-    (view, view_tilde), = loader
-    assert view.shape == (2000, 3, SIZE, SIZE) and not torch.equal(view, view_tilde)
+    (view, view_tilde), = common.TwoViews(images, common.image_view, 2000)
+    assert view.shape == (2000, 3, SIZE, SIZE)
     means = torch.stack([view.mean(dim=(1, 2, 3)), view_tilde.mean(dim=(1, 2, 3))])
-    assert means.std(dim=1).min() > 0.02 and means.corrcoef()[0, 1].abs() < 0.08
+    assert means.std(dim=1).min() > 0.02
+    assert means.corrcoef()[0, 1].abs() < 0.08
 
 
 def test_one_channel_is_cropped_and_brightened_but_not_flipped():
-    torch.manual_seed(0)
     ramp = torch.linspace(0.2, 0.6, 8).expand(500, 1, 8, 8)
     view = common.image_view(ramp)
     assert view.shape == (500, 1, 8, 8)
-    assert (view[..., 1:] - view[..., :-1] >= -1e-6).all()  # still rising from left to right: no flip
+    assert (view[..., 1:] - view[..., :-1] >= -1e-6).all()  # it still rises from left to right
     assert view.mean(dim=(1, 2, 3)).std() > 0.02
 
 
 def test_padded_crop_is_torchvisions_random_crop(x):
-    torch.manual_seed(0)
     images = x[10:11].expand(3000, 3, SIZE, SIZE)
     views = common.padded_crop(images)
     padded = TF.pad(x[10], [4, 4, 4, 4])
-    every = torch.stack([padded[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)])
+    every = [padded[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+    every = torch.stack(every)
     every = torch.cat([every, every.flip(-1)]).flatten(1)
-    distance, which = torch.cdist(views.flatten(1), every, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+    exactly = "donot_use_mm_for_euclid_dist"
+    distance, which = torch.cdist(views.flatten(1), every, compute_mode=exactly).min(dim=1)
     assert distance.max() < 1e-3
-    counts = which.bincount(minlength=162)
-    assert counts.min() > 3 and counts.max() < 45  # 18.5 on average: every offset, flipped or not, alike
+    counts = which.bincount(minlength=162)  # 18.5 on average
+    assert counts.min() > 3 and counts.max() < 45
 
 
 def test_no_view_synchronises():
-    """Nothing that a view computes depends on a tensor's value on the host: it runs on the meta device."""
+    """On the meta device nothing can be copied to the host: a view that waits for it fails."""
     x = torch.empty(16, 3, 32, 32, device="meta")
-    assert common.image_view(x).shape == common.padded_crop(x).shape == (16, 3, 32, 32)
+    assert common.image_view(x).shape == (16, 3, 32, 32)
+    assert common.padded_crop(x).shape == (16, 3, 32, 32)
