@@ -63,7 +63,7 @@ class Dataset:
 
     def digest(self):
         """A short SHA-256 of the training examples, to tell whether a data set has changed."""
-        return hashlib.sha256(self.x_train.cpu().numpy()).hexdigest()[:16]
+        return hashlib.sha256(self.x_train.cpu().contiguous().numpy()).hexdigest()[:16]
 
 
 class TwoViews:
@@ -624,11 +624,10 @@ def load_speech(dataset, data_dir, device, *, version="v0.01", train_size=None):
     clips; else the words are the classes. train_size: keep a stratified subset of so many training
     clips. Raises DataError on data that is missing, can't be used or does not fit.
     """
+    folder = Path(dataset)
     if dataset == "speech_commands":
-        folder, train, test = list_speech_commands(Path(data_dir), f"speech_commands_{version}")
-    else:
-        folder = Path(dataset)
-        train, test = list_words(folder)
+        folder = speech_commands(Path(data_dir), f"speech_commands_{version}")
+    train, test = list_words(folder)
     files, noise_files = sorted(train + test), sorted(glob.glob(f"{NOISE}/{WAV}", root_dir=folder))
     words, trained = ({word_of(file) for file in part} for part in (files, train))
     if not test or len(trained) < 2:
@@ -676,31 +675,26 @@ def word_of(file):
     return file.split("/")[0]
 
 
-def list_speech_commands(data_dir, version):
-    """Speech Commands, downloaded where it is missing: folder, training files, test files.
+def speech_commands(data_dir, version):
+    """The folder of Speech Commands, with its lists; downloaded by torchaudio if it is not there.
 
-    Files are WORD/NAME.wav. torchaudio checks the download's digest and reads the lists: what is
-    on neither of them is the training set.
+    torchaudio checks the download's digest.
     """
     folder = data_dir / "SpeechCommands" / version
-    there = os.path.isdir(folder)
-    try:
-        if not there:
+    remedy = "put the data set's folders and lists there, or give any folder of WORD/*.wav"
+    if not folder.is_dir():
+        try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=data_dir) as part:  # so that it comes whole
                 torchaudio.datasets.SPEECHCOMMANDS(part, version, download=True)
                 os.rename(Path(part, "SpeechCommands", version), folder)
-        parts = [torchaudio.datasets.SPEECHCOMMANDS(data_dir, version, subset=name)
-                 for name in ("training", "testing")]
-        names = [[part.get_metadata(i)[0] for i in range(len(part))] for part in parts]
-    except Exception as error:  # no network, another digest, no lists
-        what = f"{folder} can't be read"
-        if not there:
-            what = f"{version} is not in {data_dir} and could not be downloaded"
-        raise DataError(f"{what} ({one_line(error)}): put the data set's folders and lists there, "
-                        "or give any folder of WORD/*.wav as --dataset") from None
-    train, test = ([Path(name).relative_to(version).as_posix() for name in part] for part in names)
-    return folder, train, keep_existing(test, folder / LISTS[1])
+        except Exception as error:  # no network, another digest
+            raise DataError(f"{version} is not in {data_dir} and could not be downloaded "
+                            f"({one_line(error)}): {remedy}") from None
+    for name in LISTS:
+        if not (folder / name).exists():
+            raise DataError(f"{folder / name} is not there: {remedy}")
+    return folder
 
 
 def keep_existing(names, path):
@@ -755,7 +749,7 @@ def cached_clips(folder, files):
     made_from = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats)]
     digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
     path = folder / f"imix_clips-{digest}.npy"
-    with contextlib.suppress(OSError, ValueError):  # it is not there, or was cut short
+    with contextlib.suppress(OSError, ValueError, EOFError):  # it is not there, or was cut short
         return np.load(path, mmap_mode="r")
     clips = np.zeros((len(files), RATE), np.int16)
     for i, file in enumerate(files):
@@ -763,17 +757,14 @@ def cached_clips(folder, files):
         clips[i, : len(clip)] = clip
         if i % 1000 == 0:
             progress(f"{folder}: {i:,} of {len(files):,} clips read")
-    part = path.with_suffix(".tmp")
     try:
-        with open(part, "wb") as out:
-            np.save(out, clips)
-        for old in folder.glob("imix_clips-*.npy"):
-            old.unlink()
-        os.replace(part, path)
+        with tempfile.TemporaryDirectory(dir=folder) as part:  # so that it comes whole
+            np.save(Path(part, path.name), clips)
+            for old in folder.glob("imix_clips-*.npy"):
+                old.unlink(missing_ok=True)
+            os.replace(Path(part, path.name), path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # it could not be made
-            part.unlink()
-        raise DataError(f"{part} can't be written ({error.strerror}): the clips are kept there in "
+        raise DataError(f"{path} can't be written ({error.strerror}): the clips are kept there in "
                         f"one file of {clips.nbytes / 1e6:,.1f} MB: make room, or the folder "
                         "writable") from None
     return np.load(path, mmap_mode="r")

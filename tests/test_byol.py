@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""byol_imix.py's own parts: the loss, the predictor, and what keeps BYOL and SimSiam from collapsing."""
+"""byol_imix.py's own parts: the loss, the loop, what keeps BYOL and SimSiam from collapsing."""
 
 import copy
 import shutil
@@ -133,15 +133,17 @@ def test_compiled_networks_train_alike(monkeypatch):
 
 
 def spread(model, x):
-    """Standard deviation of the normalised outputs in units of 1/sqrt(D): near 1 where they fill the sphere, 0 where
-    all are the same."""
+    """The normalised outputs' standard deviation in units of 1/sqrt(D).
+
+    It is near 1 where they fill the sphere, 0 where all are the same.
+    """
     with torch.no_grad():
         z = F.normalize(model.eval()(x), dim=1)
     return (z.std(dim=0).mean() * z.shape[1] ** 0.5).item()
 
 
 def on_digits(predictor=True):
-    """Digits' encoder, head and predictor, and their loader. BatchNorm at the end would hide a collapse."""
+    """Networks for digits, which BatchNorm at the end would keep from collapsing, and a loader."""
     torch.manual_seed(0)
     data = common.load_table("digits", "data", torch.device("cpu"))
     encoder, head = byol.MLP5Layer(data.groups, 2), byol.projection_head(64, 32)[:-1]
@@ -171,12 +173,14 @@ def test_without_the_stop_gradient_simsiam_collapses(stop_gradient):
     """SimSiam written out, as pretrain() can't leave the gradient in."""
     encoder, head, predictor, loader = on_digits()
     model = nn.Sequential(encoder, head)
-    optimizer = torch.optim.SGD([*model.parameters(), *predictor.parameters()], 0.1, momentum=0.9, weight_decay=1e-4)
+    theta = [*model.parameters(), *predictor.parameters()]
+    optimizer = torch.optim.SGD(theta, 0.1, momentum=0.9, weight_decay=1e-4)
     for _ in range(20):
         for x, x_tilde in loader:
             f, f_tilde = model(x), model(x_tilde)
             target, target_tilde = (f.detach(), f_tilde.detach()) if stop_gradient else (f, f_tilde)
-            loss = -F.cosine_similarity(predictor(f), target_tilde) - F.cosine_similarity(predictor(f_tilde), target)
+            loss = -F.cosine_similarity(predictor(f), target_tilde)
+            loss = loss - F.cosine_similarity(predictor(f_tilde), target)
             optimizer.zero_grad()
             loss.mean().backward()
             optimizer.step()

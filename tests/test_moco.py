@@ -16,7 +16,8 @@ import moco_imix as moco
 @pytest.mark.parametrize("mixed", [False, True])
 def test_loss_and_gradient_equal_the_equation(mixed, temperature):
     torch.manual_seed(0)
-    f, f_ema, queue = 3 * torch.randn(6, 5), 3 * torch.randn(6, 5), F.normalize(torch.randn(11, 5), dim=1)
+    f, f_ema = 3 * torch.randn(6, 5), 3 * torch.randn(6, 5)
+    queue = F.normalize(torch.randn(11, 5), dim=1)
     f.requires_grad_(), f_ema.requires_grad_(), queue.requires_grad_()
     v, perm, lam = torch.eye(6, dtype=torch.float64), None, None
     if mixed:
@@ -28,7 +29,9 @@ def test_loss_and_gradient_equal_the_equation(mixed, temperature):
         s = [torch.dot(f[i].double(), k) / (f[i].double().norm() * k.norm()) for k in keys]
         denominator = sum(torch.exp(s[k] / temperature) for k in range(6)) + sum(
             torch.exp(s[6 + k] / temperature) for k in range(11))
-        expected = expected - sum(v[i, n] * torch.log(torch.exp(s[n] / temperature) / denominator) for n in range(6)) / 6
+        for n in range(6):
+            p = torch.exp(s[n] / temperature) / denominator
+            expected = expected - v[i, n] * torch.log(p) / 6
     expected_gradient, = torch.autograd.grad(expected, f)
     loss = moco.moco_loss(f, f_ema, queue, temperature, perm, lam)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
@@ -39,12 +42,15 @@ def test_loss_and_gradient_equal_the_equation(mixed, temperature):
 
 
 def test_loss_stays_float32_under_autocast():
-    f, f_ema, queue = torch.randn(8, 16), torch.randn(8, 16), F.normalize(torch.randn(32, 16), dim=1)
+    f, f_ema = torch.randn(2, 8, 16)
+    queue = F.normalize(torch.randn(32, 16), dim=1)
     with torch.autocast("cpu", torch.bfloat16):
         autocast = moco.moco_loss(f, f_ema, queue, 0.2)
-    assert autocast.dtype == torch.float32 and torch.equal(autocast, moco.moco_loss(f, f_ema, queue, 0.2))
+    assert autocast.dtype == torch.float32
+    assert torch.equal(autocast, moco.moco_loss(f, f_ema, queue, 0.2))
     f, f_ema = f.bfloat16(), f_ema.bfloat16()  # as the networks return them under autocast
-    assert torch.equal(moco.moco_loss(f, f_ema, queue, 0.2), moco.moco_loss(f.float(), f_ema.float(), queue, 0.2))
+    as_float = moco.moco_loss(f.float(), f_ema.float(), queue, 0.2)
+    assert torch.equal(moco.moco_loss(f, f_ema, queue, 0.2), as_float)
 
 
 @pytest.mark.parametrize("n, k", [(4, 12), (4, 4), (5, 12), (12, 5), (1, 3)])
@@ -60,7 +66,10 @@ def test_queue_holds_the_last_keys_and_the_oldest_leave(n, k):
 
 
 def test_ema_equals_its_closed_form():
-    """Of a model that moves: m^n theta_EMA,0 + (1 - m) sum_t m^(n - t) theta_t; BatchNorm's buffers stay its own."""
+    """Of a model that moves: m^n theta_EMA,0 + (1 - m) sum_t m^(n - t) theta_t.
+
+    BatchNorm's buffers stay the EMA network's own.
+    """
     torch.manual_seed(0)
     model, ema = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(2))
     m, n = 0.9, 7
@@ -72,7 +81,8 @@ def test_ema_equals_its_closed_form():
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
         model(torch.randn(8, 3))
-        expected = [e + (1 - m) * m ** (n - t) * p.detach() for e, p in zip(expected, model.parameters())]
+        weight = (1 - m) * m ** (n - t)
+        expected = [e + weight * p.detach() for e, p in zip(expected, model.parameters())]
         moco.update_ema(ema, model, m)
     torch.testing.assert_close([p.detach() for p in ema.parameters()], expected)
     assert all(torch.equal(a, b) for a, b in zip(buffers, ema.buffers()))

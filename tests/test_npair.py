@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""npair_tabular.py's parts: mixing, loss, networks, schedule, pre-training, each against the paper's definition."""
+"""npair_tabular.py's parts, each against the paper's definition."""
 
 import math
 import shutil
@@ -19,7 +19,8 @@ def naive_n_pair(f, f_tilde, temperature, v):
     for i in range(len(f)):
         s = [torch.dot(f[i], k) / (f[i].norm() * k.norm()) for k in f_tilde]
         denominator = sum(torch.exp(s_k / temperature) for s_k in s)
-        total = total - sum(v[i, n] * torch.log(torch.exp(s[n] / temperature) / denominator) for n in range(len(f)))
+        for n in range(len(f)):
+            total = total - v[i, n] * torch.log(torch.exp(s[n] / temperature) / denominator)
     return total / len(f)
 
 
@@ -89,11 +90,12 @@ def test_mixup_lam_is_a_folded_beta(alpha):
     torch.manual_seed(0)
     n = 200_000
     _, perm, lam = npair.mixup(torch.zeros(n, 1), alpha)
-    # With B ~ Beta(alpha, alpha): (lam - 1/2)^2 = (B - 1/2)^2, whose mean is B's variance, 1 / (4 (2 alpha + 1)).
+    # With B ~ Beta(alpha, alpha): (lam - 1/2)^2 = (B - 1/2)^2, whose mean is B's variance,
+    # 1 / (4 (2 alpha + 1)).
     assert abs((lam - 0.5).square().mean() * 4 * (2 * alpha + 1) - 1) < 0.02
     beta_function = math.gamma(alpha) ** 2 / math.gamma(2 * alpha)
     assert abs(lam.mean() - 0.5 - 4**-alpha / (alpha * beta_function)) < 0.002  # E|B - 1/2|
-    assert (perm == torch.arange(n)).sum() < 10  # a random permutation has one fixed point on average
+    assert (perm == torch.arange(n)).sum() < 10  # on average, one fixed point
 
 
 def test_mixup_of_extreme_alpha_is_finite():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""simclr_imix.py's own parts: CutMix, NT-Xent, the ResNets; what it shares with npair_tabular.py is tested there."""
+"""simclr_imix.py's own parts: CutMix, NT-Xent, the ResNets, the loop."""
 
 import copy
 import math
@@ -28,7 +28,8 @@ def test_nt_xent_and_its_gradients_equal_the_equation(temperature):
     expected_gradients = torch.autograd.grad(expected, (f, f_tilde))
     loss = simclr.nt_xent_loss(f, f_tilde, temperature)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
-    for gradient, expected_gradient in zip(torch.autograd.grad(loss, (f, f_tilde)), expected_gradients):
+    gradients = torch.autograd.grad(loss, (f, f_tilde))
+    for gradient, expected_gradient in zip(gradients, expected_gradients):
         assert gradient.abs().max() > 1e-3
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
@@ -37,7 +38,8 @@ def test_nt_xent_stays_float32_under_autocast():
     f, f_tilde = torch.randn(16, 8), torch.randn(16, 8)
     with torch.autocast("cpu", torch.bfloat16):
         autocast = simclr.nt_xent_loss(f, f_tilde, 0.2)
-    assert autocast.dtype == torch.float32 and torch.equal(autocast, simclr.nt_xent_loss(f, f_tilde, 0.2))
+    assert autocast.dtype == torch.float32
+    assert torch.equal(autocast, simclr.nt_xent_loss(f, f_tilde, 0.2))
 
 
 @pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0])
@@ -54,7 +56,7 @@ def test_cutmix_lam_is_the_share_of_pixels_kept(alpha, shape):
         kept = (x_mix == x).float().mean(dim=(1, 2, 3))
         torch.testing.assert_close(kept[moved], lam[moved])
         assert ((x_mix == x) | (x_mix == x[perm])).all()
-        if moved.any() and lam[0] < 1:  # the pasted pixels are one box, the same in every image and channel
+        if moved.any() and lam[0] < 1:  # one box is pasted, in every image and channel
             pasted = (x_mix != x)[moved]
             assert (pasted == pasted[:1, :1]).all()
             rows, columns = pasted[0, 0].any(dim=1), pasted[0, 0].any(dim=0)
@@ -76,19 +78,21 @@ def test_cutmix_box_is_anywhere_and_of_lams_size():
             pasted += x_mix[0, 0]
             kept.append(lam[0])
     assert pasted.min() > 0.2 * pasted.max() and pasted[16, 16] > 0.9 * pasted.max()
-    # Without the border, lam would be max(B, 1 - B) of a uniform B, 0.75 on average; cut-off boxes keep more.
+    # Without the border, lam would be max(B, 1 - B) of a uniform B, 0.75 on average; boxes that
+    # are cut off keep more.
     assert 0.76 < torch.stack(kept).mean() < 0.84
 
 
 def test_lam_one_of_cutmix_leaves_the_loss_plain():
     f, f_tilde = torch.randn(6, 8), torch.randn(6, 8)
     plain = simclr.n_pair_loss(f, f_tilde, 0.2)
-    assert torch.equal(simclr.n_pair_loss(f, f_tilde, 0.2, torch.randperm(6), torch.ones(1).expand(6)), plain)
+    one = torch.ones(1).expand(6)
+    assert torch.equal(simclr.n_pair_loss(f, f_tilde, 0.2, torch.randperm(6), one), plain)
     assert torch.equal(npair_tabular.n_pair_loss(f, f_tilde, 0.2), plain)
 
 
-@pytest.mark.parametrize("arch, features, millions", [("resnet18", 512, 11.2), ("resnet34", 512, 21.3),
-                                                      ("resnet50", 2048, 23.5)])
+@pytest.mark.parametrize("arch, features, millions", [
+    ("resnet18", 512, 11.2), ("resnet34", 512, 21.3), ("resnet50", 2048, 23.5)])
 def test_resnets(arch, features, millions):
     net = simclr.resnet(arch, 3, 32)
     assert net(torch.randn(2, 3, 32, 32)).shape == (2, features)
@@ -104,7 +108,8 @@ def test_resnet_for_large_images_and_one_channel():
     net = simclr.resnet("resnet18", 1, 96)
     assert net.conv1.kernel_size == (7, 7) and isinstance(net.maxpool, torch.nn.MaxPool2d)
     assert net(torch.randn(2, 1, 96, 96)).shape == (2, 512)
-    assert abs(net.conv1.weight.std() - math.sqrt(2 / (64 * 49))) < 0.002  # He's initialisation, fan-out
+    he = math.sqrt(2 / (64 * 49))  # He's initialisation, fan-out
+    assert abs(net.conv1.weight.std() - he) < 0.002
 
 
 @pytest.mark.parametrize("mix, loss, alpha", [("mixup", "n-pair", 1.0), ("cutmix", "n-pair", 1.0),

@@ -677,7 +677,9 @@ def one_less(path):
 @pytest.mark.parametrize("change", [
     another_time, another_size, another_name, one_more, one_less])
 def test_where_recordings_have_changed_the_cache_is_made_anew(tmp_path, change):
-    load_folder(two_words(tmp_path))
+    for path in two_words(tmp_path).glob("*/*.wav"):
+        os.utime(path, (10**9, 10**9))
+    load_folder(tmp_path)
     old = the_cache(tmp_path)
     change(tmp_path / "ant" / "2.wav")
     data = load_folder(tmp_path)
@@ -687,9 +689,7 @@ def test_where_recordings_have_changed_the_cache_is_made_anew(tmp_path, change):
     assert_same(data, load_folder(tmp_path))  # by what is there now
 
 
-@pytest.mark.parametrize("length", [
-    pytest.param(0, marks=pytest.mark.xfail(strict=True, raises=EOFError, reason="common.py")),
-    3, 50, 5000])
+@pytest.mark.parametrize("length", [0, 3, 50, 5000])
 def test_a_cache_cut_short_is_made_anew(tmp_path, length):
     first = load_folder(two_words(tmp_path))
     cache = the_cache(tmp_path)
@@ -704,8 +704,8 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
     old = the_cache(tmp_path)
     one_more(tmp_path / "ant" / "2.wav")
 
-    def save(file, clips):
-        file.write(b"the first bytes")
+    def save(path, clips):
+        path.write_bytes(b"the first bytes")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", save)
@@ -714,17 +714,15 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
     assert the_cache(tmp_path) == old  # and no part of the new one is left
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
-    """A folder stands where the cache would be written, which can't be removed as a file either."""
-    load_folder(two_words(tmp_path))
-    cache = the_cache(tmp_path)
-    cache.unlink()
-    cache.with_suffix(".tmp").mkdir()
-    assert_names(refused(load_folder, tmp_path), tmp_path)
-    assert not cache.exists()
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def read_only(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    two_words(tmp_path)
+    monkeypatch.setattr(os, "mkdir", read_only)
+    assert_names(refused(load_folder, tmp_path), tmp_path, "Read-only file system")
 
 
-@pytest.mark.xfail(strict=True, raises=common.DataError, reason="common.py")
 def test_two_starts_at_once(tmp_path, monkeypatch):
     """While one start writes the cache another one begins, and ends first."""
     two_words(tmp_path)
