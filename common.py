@@ -760,7 +760,7 @@ def cached_clips(folder, files):
     try:
         with tempfile.TemporaryDirectory(dir=folder) as part:  # so that it comes whole
             np.save(Path(part, path.name), clips)
-            for old in folder.glob("imix_clips-*.npy"):
+            for old in set(folder.glob("imix_clips-*.npy")) - {path}:
                 old.unlink(missing_ok=True)
             os.replace(Path(part, path.name), path)
     except OSError as error:

@@ -389,6 +389,8 @@ def damage(raw, kind):
         return raw[:30]
     if kind == "header alone":
         return raw[:44]
+    if kind == "no samples":
+        return raw[:40] + bytes(4)
     if kind == "cut short":
         return raw[:20_000]
     if kind == "float":
@@ -401,8 +403,8 @@ def damage(raw, kind):
 
 @pytest.mark.parametrize("kind, parts", [
     ("empty", []), ("text", []), ("cut in the header", []), ("header alone", []),
-    ("cut short", ["19,956", "32,000"]), ("float", []), ("16 million Hz", ["15,999,983"]),
-    ("64 bit", ["64 bit"])])
+    ("no samples", []), ("cut short", ["19,956", "32,000"]), ("float", []),
+    ("16 million Hz", ["15,999,983"]), ("64 bit", ["64 bit"])])
 def test_unreadable_files_are_named(tmp_path, kind, parts):
     path = two_words(tmp_path) / "ant" / "1.wav"
     path.write_bytes(damage(path.read_bytes(), kind))
@@ -641,12 +643,15 @@ def test_the_second_start_reads_the_cache(tmp_path):
     assert_same(load_folder(tmp_path), first)
 
 
-def test_a_folder_and_its_lists_share_the_cache(tmp_path):
-    folder = speech_commands(tmp_path, ["bed", "cat"], noise=False)
-    (folder / "validation_list.txt").write_text("")
-    first = load_commands(tmp_path)
-    spoil(folder)
-    assert_same(load_folder(folder), first)
+def test_another_split_reads_the_same_cache(tmp_path):
+    load_folder(two_words(tmp_path))
+    cache = the_cache(tmp_path)
+    spoil(tmp_path)
+    (tmp_path / "testing_list.txt").write_text("bee/2.wav\nant/3.wav\n")
+    data = load_folder(tmp_path)
+    assert data.y_test.tolist() == [0, 1]
+    assert np.array_equal(data.x_test, np.load(cache)[[3, 5 + 2]])
+    assert the_cache(tmp_path) == cache
 
 
 def another_time(path):
@@ -711,7 +716,8 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "save", save)
     message = refused(load_folder, tmp_path)
     assert_names(message, tmp_path, "No space left on device")
-    assert the_cache(tmp_path) == old  # and no part of the new one is left
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"ant", "bee", old.name}  # and no part of the new one
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -736,7 +742,8 @@ def test_two_starts_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "save", save)
     data = load_folder(tmp_path)
     assert_same(data, ended[0])
-    assert the_cache(tmp_path).exists()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"ant", "bee", the_cache(tmp_path).name}
 
 
 def test_what_does_not_fit_is_refused_before_it_is_read(tmp_path, monkeypatch):
