@@ -85,7 +85,7 @@ def cutmix(x, alpha):
 
 # ---------------------------------------------------------------------------- loss (Section 3.3)
 def byol_loss(g, f_ema, perm=None, lam=None):
-    """l_BYOL, with i-Mix where perm and lam, both (N,), are the mixing's.
+    """l_BYOL; with i-Mix where mixing has given perm and lam, (N,) each.
 
     g: (N, D), raw predictions for the (mixed) anchors; f_ema: (N, D), the EMA network's raw
     embeddings of their other views: normalised, the columns of F~. No gradient flows into them.
@@ -326,6 +326,8 @@ def pretrain(encoder, head, predictor, loader, args, out=None, evaluate=None):
              "scaler": scaler}
     log = load_checkpoint(out, parts, log=[])["log"]
     next_save = 0.0
+    if log and rank == 0:
+        print(f"going on after epoch {len(log)}", flush=True)
     mix = cutmix if args.mix == "cutmix" else mixup
 
     for epoch in range(len(log) + 1, args.epochs + 1):

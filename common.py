@@ -69,8 +69,8 @@ class Dataset:
 class TwoViews:
     """Iterates once over x in random order, yielding two independent views of each batch.
 
-    view: a raw batch (n, ...) -> a random view of each example; it is called for both views at
-    once. The order is drawn on x's device; a last incomplete batch is dropped, as published.
+    view: a raw batch (n, ...) -> a random view of each example. The order is drawn on x's device;
+    a last incomplete batch is dropped, as published.
     """
 
     def __init__(self, x, view, batch_size):
@@ -82,7 +82,11 @@ class TwoViews:
     def __iter__(self):
         order = torch.randperm(len(self.x), device=self.x.device)
         for index in order.split(self.batch_size)[: len(self)]:
-            yield self.view(self.x[index.repeat(2)]).chunk(2)
+            if self.x.device.type == "cpu":  # the smaller, the more of it stays in the cache
+                batch = self.x[index]
+                yield self.view(batch), self.view(batch)
+            else:  # both at once: half as many launches
+                yield self.view(self.x[index.repeat(2)]).chunk(2)
 
 
 def split(x, y, test_share):

@@ -79,7 +79,7 @@ def cutmix(x, alpha):
 
 # ---------------------------------------------------------------------------- loss (Section 3.2)
 def moco_loss(f, f_ema, queue, temperature, perm=None, lam=None):
-    """l_MoCo of N + K classes, with i-Mix where perm and lam, both (N,), are the mixing's.
+    """l_MoCo of N + K classes; with i-Mix where mixing has given perm and lam, (N,) each.
 
     f: (N, D), raw embeddings of the (mixed) anchors; f_ema: (N, D), the EMA encoder's of their
     other views, the keys; queue: (K, D), normalised keys of earlier batches. No gradient flows
@@ -329,6 +329,8 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
     rest = load_checkpoint(out, parts, log=[], queue=queue)
     log, queue = rest["log"], rest["queue"].to(device)
     next_save = 0.0
+    if log and rank == 0:
+        print(f"going on after epoch {len(log)}", flush=True)
     mix = cutmix if args.mix == "cutmix" else mixup
 
     for epoch in range(len(log) + 1, args.epochs + 1):

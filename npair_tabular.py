@@ -54,7 +54,7 @@ def mixup(x, alpha):
 
 # ---------------------------------------------------------------------------- loss (Section 3.1)
 def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None):
-    """l_N-pair, with i-Mix where perm and lam, both (N,), are the mixing's.
+    """l_N-pair; with i-Mix where mixing has given perm and lam, (N,) each.
 
     f: (N, D), raw embeddings of the (mixed) anchors; f_tilde: (N, D), of their other views, which
     are the N classes. Gradients flow into both. Returns the batch mean. The loss is linear in the
@@ -246,6 +246,8 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     log = load_checkpoint(out, parts, log=[])["log"]
     next_save = 0.0
+    if log and rank == 0:
+        print(f"going on after epoch {len(log)}", flush=True)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         torch.manual_seed(args.seed * 10**6 + epoch)  # in each epoch, so that resuming is exact

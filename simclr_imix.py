@@ -78,7 +78,7 @@ def cutmix(x, alpha):
 
 # ---------------------------------------------------------------------------- losses (Section 3.1)
 def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None):
-    """l_N-pair, with i-Mix where perm and lam, both (N,), are the mixing's.
+    """l_N-pair; with i-Mix where mixing has given perm and lam, (N,) each.
 
     f: (N, D), raw embeddings of the (mixed) anchors; f_tilde: (N, D), of their other views, which
     are the N classes. Gradients flow into both. Returns the batch mean. The loss is linear in the
@@ -287,6 +287,8 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     log = load_checkpoint(out, parts, log=[])["log"]
     next_save = 0.0
+    if log and rank == 0:
+        print(f"going on after epoch {len(log)}", flush=True)
     mix = cutmix if args.mix == "cutmix" else mixup
 
     for epoch in range(len(log) + 1, args.epochs + 1):

@@ -56,8 +56,8 @@ def where():
 
 def bare_step(nets, both, temperature):
     """A function that trains nets on the resident views both, (2N, ...), and does no more."""
-    model = nn.Sequential(*nets).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), 0.25, momentum=0.9, weight_decay=1e-4,
+    model = nn.Sequential(*nets)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4,
                                 fused=True)
 
     def step():
