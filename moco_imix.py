@@ -109,8 +109,7 @@ def enqueue(queue, f_ema):
 def update_ema(ema, model, m):
     """theta_EMA <- m theta_EMA + (1 - m) theta, in place.
 
-    BatchNorm's running statistics are not averaged: as in MoCo, the EMA network keeps those of
-    what it has seen.
+    As in MoCo, BatchNorm's running statistics are not averaged: each network keeps its own.
     """
     for theta_ema, theta in zip(ema.parameters(), model.parameters()):
         theta_ema.lerp_(theta, 1 - m)
@@ -118,10 +117,7 @@ def update_ema(ema, model, m):
 
 # ---------------------------------------------------------------------------- networks
 class MLP5Layer(nn.Module):
-    """The encoder for tables: (N, sum(groups)) -> (N, 32 width).
-
-    groups: how many columns each group of columns has, in their order.
-    """
+    """The encoder for tables of groups of so many columns: (N, sum(groups)) -> (N, 32 width)."""
 
     def __init__(self, groups, width):
         super().__init__()
@@ -228,10 +224,9 @@ BASELINES = {"table": {"mask": 0.2}}  # what differs from that with alpha 0
 
 # ---------------------------------------------------------------------------- pre-training
 def learning_rate(step, steps, args):
-    """Per 256 examples, at step 0, 1, ... of the run, which has steps an epoch.
+    """Per 256 examples, at step 0, 1, ... of the run, with so many steps an epoch.
 
-    Linear warm-up, then cosine decay towards 0, or, the recipe of speech, x 0.1 after 60 % and
-    after 80 % of the run.
+    Linear warm-up, then cosine decay, or, for speech, x 0.1 after 60 % and after 80 % of the run.
     """
     warmup = min(args.warmup_epochs, args.epochs // 4) * steps
     total = args.epochs * steps

@@ -74,10 +74,7 @@ def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None):
 
 # ---------------------------------------------------------------------------- networks
 class MLP5Layer(nn.Module):
-    """The encoder for tables: (N, sum(groups)) -> (N, 32 width).
-
-    groups: how many columns each group of columns has, in their order.
-    """
+    """The encoder for tables of groups of so many columns: (N, sum(groups)) -> (N, 32 width)."""
 
     def __init__(self, groups, width):
         super().__init__()
@@ -152,10 +149,9 @@ class Args:
 
 # ---------------------------------------------------------------------------- pre-training
 def learning_rate(step, steps, args):
-    """Per 256 examples, at step 0, 1, ... of the run, which has steps an epoch.
+    """Per 256 examples, at step 0, 1, ... of the run, with so many steps an epoch.
 
-    Linear warm-up, then cosine decay towards 0, or, the recipe of speech, x 0.1 after 60 % and
-    after 80 % of the run.
+    Linear warm-up, then cosine decay, or, for speech, x 0.1 after 60 % and after 80 % of the run.
     """
     warmup = min(args.warmup_epochs, args.epochs // 4) * steps
     total = args.epochs * steps

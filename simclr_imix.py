@@ -193,10 +193,9 @@ RECIPES = {  # what differs from Args by domain
 
 # ---------------------------------------------------------------------------- pre-training
 def learning_rate(step, steps, args):
-    """Per 256 examples, at step 0, 1, ... of the run, which has steps an epoch.
+    """Per 256 examples, at step 0, 1, ... of the run, with so many steps an epoch.
 
-    Linear warm-up, then cosine decay towards 0, or, the recipe of speech, x 0.1 after 60 % and
-    after 80 % of the run.
+    Linear warm-up, then cosine decay, or, for speech, x 0.1 after 60 % and after 80 % of the run.
     """
     warmup = min(args.warmup_epochs, args.epochs // 4) * steps
     total = args.epochs * steps
