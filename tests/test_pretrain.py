@@ -82,6 +82,17 @@ def test_evaluating_on_the_way_changes_nothing(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_networks_are_trained_in_training_mode(script):
+    """Also those that come in eval mode, as after an evaluation of one's own."""
+    logs = []
+    for mode in (True, False):
+        *nets, loader = setup(script)
+        nets = [net.train(mode) for net in nets]
+        logs.append(script.pretrain(*nets, loader, script.Args(epochs=2)))
+    assert losses(logs[0]) == losses(logs[1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_seeds_and_epochs_have_their_own_random_numbers(script):
     class Constant:
         """The same batch again and again: only the mixing sets the epochs apart."""
