@@ -415,7 +415,7 @@ def parse_args(argv, find_domain):
         if f.type is not bool:
             kind = {"type": f.type, "choices": f.metadata["choices"]}
         recipes = RECIPES | {f"{domain}, alpha 0": r for domain, r in BASELINES.items()}
-        others = [f"{name}: {r[f.name]}" for name, r in recipes.items() if f.name in r]
+        others = [f"{key}: {r[f.name]}" for key, r in recipes.items() if f.name in r]
         default = "; ".join([f"default: {f.default}", *others])
         parser.add_argument(name, help=f"{f.metadata['help']} ({default})", **kind)
     given = vars(parser.parse_args(argv))
