@@ -8,7 +8,6 @@ import shutil
 import struct
 import tarfile
 import wave
-from pathlib import Path
 
 import numpy as np
 import pytest
