@@ -75,12 +75,26 @@ def cutmix(x, alpha):
     perm = torch.randperm(len(x), device=x.device)  # j = perm[i]  (N,)
     inside = []
     for length in x.shape[2:]:
-        cut, middle = (side * length).long(), torch.randint(length, (1,), device=x.device)
-        offset = torch.arange(length, device=x.device) - (middle - cut // 2)  # from the box's edge
-        inside.append((offset >= 0) & (offset < cut))  # cut off at the border  (H,), (W,)
+        half, middle = (side * length).long() // 2, torch.randint(length, (1,), device=x.device)
+        offset = torch.arange(length, device=x.device) - middle
+        inside.append((-half <= offset) & (offset < half))  # cut off at the border  (H,), (W,)
     box = inside[0][:, None] & inside[1]  # where M is 0  (H, W)
     lam = (1 - box.float().mean()).expand(len(x))
     return torch.where(box, x[perm], x), perm, lam  # M * x_i + (1 - M) * x_j
+
+
+def inputmix(x, alpha):
+    """InputMix: mix each example with two random partners, in place of an augmentation.
+
+    x: (N, ...) float; alpha > 0. Returns x_mix (N, ...). No label is touched, as x_i keeps at least
+    a half: 1/2 + d_0/2, beside d_1/2 and d_2/2 of its partners, d ~ Dirichlet(alpha, alpha, alpha).
+    """
+    N = len(x)
+    concentration = torch.full((N, 3), float(alpha), device=x.device)
+    d = torch.distributions.Dirichlet(concentration, validate_args=False).sample()  # (N, 3)
+    d = (d / 2).view(N, 3, *[1] * (x.dim() - 1)).unbind(1)  # (N, 1, ...) each
+    partners = [x[torch.randperm(N, device=x.device)] for _ in range(2)]
+    return (0.5 + d[0]) * x + d[1] * partners[0] + d[2] * partners[1]
 
 
 # ---------------------------------------------------------------------------- loss (Section 3.3)
@@ -122,6 +136,8 @@ class MLP5Layer(nn.Module):
         self.groups = list(groups)
         self.embed = nn.ModuleList(nn.Linear(columns, 64) for columns in groups)
         layers, size = [], 64 * len(groups)
+        if len(groups) == 1:  # as the published encoder of Higgs
+            layers += [nn.BatchNorm1d(64), nn.ReLU(inplace=True)]
         for out in (32 * width, 32 * width, 64 * width, 64 * width):
             layers += [nn.Linear(size, out), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
             size = out
@@ -156,6 +172,12 @@ def projection_head(size, dim):
                          nn.Linear(size, dim), nn.BatchNorm1d(dim))
 
 
+def prediction_head(dim, size):
+    """g, the predictor: (N, dim) -> (N, dim), in between as wide as a representation, size."""
+    return nn.Sequential(nn.Linear(dim, size), nn.BatchNorm1d(size), nn.ReLU(inplace=True),
+                         nn.Linear(size, dim), nn.BatchNorm1d(dim))
+
+
 # ---------------------------------------------------------------------------- recipe
 def flag(default, help, low=-math.inf, below=math.inf, choices=None):
     """A field of Args: its default, a line of help, and its bounds, low <= value < below."""
@@ -170,6 +192,7 @@ class Args:
     mix: str = flag("mixup", "how i-Mix mixes; cutmix: images", choices=["mixup", "cutmix"])
     ema: float = flag(0.999, "m: theta_EMA <- m theta_EMA + (1 - m) theta", 0, 1)
     symmetric: bool = flag(False, "both views are anchors in turn, and the loss is their mean")
+    inputmix: bool = flag(False, "InputMix on both views, for --no-augment")
     epochs: int = flag(1000, "epochs of pre-training", 1, 1e6)
     lr: float = flag(0.125, "learning rate per 256 examples", 1e-12)
     schedule: str = flag("cosine", "decay of the learning rate", choices=["cosine", "step"])
@@ -188,6 +211,9 @@ class Args:
     width: int = flag(64, "table: w of the encoder, whose representations are 32 w long", 1, 1e6)
     dim: int = flag(128, "D, the embeddings' size", 1, 1e6)
     linear_epochs: int = flag(100, "epochs of the linear evaluation", 1, 1e6)
+    linear_lr: float = flag(10.0, "its learning rate", 1e-12)
+    linear_batch_size: int = flag(256, "its batch size", 1, 1e6)
+    linear_views: int = flag(5, "image: how often it draws its views; published: each epoch", 1)
 
     dataset: str = flag("cifar10", "cifar10, cifar100, speech_commands, covtype, digits, or a path")
     data_dir: str = flag("data", "where data sets lie, or are downloaded to")
@@ -211,12 +237,16 @@ class Args:
                 raise ValueError(f"--{name} {value}: not one of {', '.join(choices)}")
 
 
-RECIPES = {  # what differs from Args by domain
-    "image": {},
+RECIPES = {  # what differs from Args, by domain and flags; a later row goes before an earlier
     "speech": {"epochs": 500, "schedule": "step", "warmup_epochs": 5},
-    "table": {"alpha": 2.0, "epochs": 500, "batch_size": 512, "mask": 0.0},
+    "table": {"alpha": 2.0, "epochs": 500, "warmup_epochs": 5, "batch_size": 512, "mask": 0.0,
+              "linear_batch_size": 512},
+    "table --alpha 0": {"mask": 0.2},
+    "--dataset cifar10": {"epochs": 2000},
+    "--dataset cifar100": {"epochs": 4000},
+    "--dataset cifar10 --alpha 0": {"epochs": 1000},
+    "--dataset cifar100 --alpha 0": {"epochs": 1000},
 }
-BASELINES = {"table": {"mask": 0.2}}  # what differs from that with alpha 0
 
 
 # ---------------------------------------------------------------------------- pre-training
@@ -339,6 +369,8 @@ def pretrain(encoder, head, predictor, loader, args, out=None, evaluate=None):
             optimizer.param_groups[0]["lr"] = lr
             n = N // world
             rows = slice(rank * n, (rank + 1) * n)  # of the batch's, those that this process embeds
+            if args.inputmix:
+                x, x_tilde = inputmix(x, alpha=1.0), inputmix(x_tilde, alpha=1.0)
 
             loss = 0
             pairs = [(x, x_tilde), (x_tilde, x)] if args.symmetric else [(x, x_tilde)]
@@ -414,16 +446,19 @@ def parse_args(argv, find_domain):
         name, kind = "--" + f.name.replace("_", "-"), {"action": "store_true"}
         if f.type is not bool:
             kind = {"type": f.type, "choices": f.metadata["choices"]}
-        recipes = RECIPES | {f"{domain}, alpha 0": r for domain, r in BASELINES.items()}
-        others = [f"{key}: {r[f.name]}" for key, r in recipes.items() if f.name in r]
+        others = [f"{case}: {row[f.name]}" for case, row in RECIPES.items() if f.name in row]
         default = "; ".join([f"default: {f.default}", *others])
         parser.add_argument(name, help=f"{f.metadata['help']} ({default})", **kind)
     given = vars(parser.parse_args(argv))
     try:
-        domain = find_domain(given.get("dataset", Args.dataset), RECIPES)
-        recipe = RECIPES[domain]
+        dataset = given.get("dataset", Args.dataset)
+        domain = find_domain(dataset, ["image", "speech", "table"])
+        cases = [domain, f"--dataset {dataset}"]
         if given.get("alpha") == 0:
-            recipe = recipe | BASELINES.get(domain, {})
+            cases += [f"{case} --alpha 0" for case in cases]
+        recipe = {}
+        for case in cases:
+            recipe |= RECIPES.get(case, {})
         args = Args(**recipe | given)
         if domain == "table" and args.mix == "cutmix":
             raise ValueError("--mix cutmix pastes boxes into images: take mixup for a table")
@@ -440,7 +475,8 @@ def begin_run(out, config):
         save(json.dumps(config, indent=2) + "\n", path)
         return
     was = json.loads(path.read_text())
-    may_change = "data_dir device compile out resume eval_every linear_epochs torch".split()
+    may_change = "data_dir device compile out resume eval_every torch linear_epochs " \
+                 "linear_lr linear_batch_size linear_views".split()
     for name in config:
         if name not in may_change and was.get(name) != config[name]:
             fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, "
@@ -500,15 +536,15 @@ def main(argv=None):
         print("on the CPU, BatchNorm sees each process's own rows, not the whole batch")
 
     torch.manual_seed(args.seed)
-    predictor = projection_head(args.dim, args.dim)
     if domain == "table":
+        size = 32 * args.width  # of a representation
         encoder = MLP5Layer(data.groups, args.width)
-        head = projection_head(32 * args.width, args.dim)
     else:
-        _, channels, size, _ = data.plain(data.x_train[:1]).shape
-        encoder = resnet(args.arch, channels, size)
+        size = 2048 if args.arch == "resnet50" else 512
+        encoder = resnet(args.arch, *data.plain(data.x_train[:1]).shape[1:3])
         encoder = encoder.to(memory_format=torch.channels_last)  # fastest for convolutions
-        head = projection_head(2048 if args.arch == "resnet50" else 512, args.dim)
+    head, predictor = projection_head(size, args.dim), prediction_head(args.dim, size)
+    if domain != "table":
         predictor = predictor[:-1]  # the recipe of images and speech ends without BatchNorm
     if domain == "image":
         head = head[:-1]
@@ -517,7 +553,8 @@ def main(argv=None):
     loader = common.TwoViews(data.x_train, view, args.batch_size)
 
     def evaluate():
-        result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
+        result = common.linear_eval(encoder, data, args.linear_epochs, args.linear_batch_size,
+                                    args.linear_lr, args.seed, args.linear_views)
         print(f"test accuracy {result['test_accuracy']:.4f}, "
               f"train accuracy {result['train_accuracy']:.4f}; {out}", flush=True)
         return result

@@ -81,6 +81,8 @@ class MLP5Layer(nn.Module):
         self.groups = list(groups)
         self.embed = nn.ModuleList(nn.Linear(columns, 64) for columns in groups)
         layers, size = [], 64 * len(groups)
+        if len(groups) == 1:  # as the published encoder of Higgs
+            layers += [nn.BatchNorm1d(64), nn.ReLU(inplace=True)]
         for out in (32 * width, 32 * width, 64 * width, 64 * width):
             layers += [nn.Linear(size, out), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
             size = out
@@ -114,7 +116,7 @@ class Args:
     epochs: int = flag(500, "epochs of pre-training", 1, 1e6)
     lr: float = flag(0.125, "learning rate per 256 examples", 1e-12)
     schedule: str = flag("cosine", "decay of the learning rate", choices=["cosine", "step"])
-    warmup_epochs: int = flag(10, "at most a quarter of --epochs", 0, 1e6)
+    warmup_epochs: int = flag(5, "at most a quarter of --epochs", 0, 1e6)
     weight_decay: float = flag(1e-4, "weight decay of SGD", 0)
     amp: str = flag("auto", "auto: bf16 or fp16 on CUDA", choices=["auto", "bf16", "fp16", "off"])
     compile: bool = flag(False, "torch.compile the networks")
@@ -127,6 +129,8 @@ class Args:
     width: int = flag(64, "w of the encoder, whose representations are 32 w long", 1, 1e6)
     dim: int = flag(128, "D, the embeddings' size", 1, 1e6)
     linear_epochs: int = flag(100, "epochs of the linear evaluation", 1, 1e6)
+    linear_lr: float = flag(10.0, "its learning rate", 1e-12)
+    linear_batch_size: int = flag(512, "its batch size", 1, 1e6)
 
     dataset: str = flag("covtype", "covtype, digits, or the path of a CSV file")
     data_dir: str = flag("data", "where covtype lies, or is downloaded to")
@@ -341,7 +345,8 @@ def begin_run(out, config):
         save(json.dumps(config, indent=2) + "\n", path)
         return
     was = json.loads(path.read_text())
-    may_change = "data_dir device compile out resume eval_every linear_epochs torch".split()
+    may_change = "data_dir device compile out resume eval_every torch linear_epochs " \
+                 "linear_lr linear_batch_size linear_views".split()
     for name in config:
         if name not in may_change and was.get(name) != config[name]:
             fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, "
@@ -407,7 +412,8 @@ def main(argv=None):
     loader = common.TwoViews(data.x_train, view, args.batch_size)
 
     def evaluate():
-        result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
+        result = common.linear_eval(encoder, data, args.linear_epochs, args.linear_batch_size,
+                                    args.linear_lr, args.seed)
         print(f"test accuracy {result['test_accuracy']:.4f}, "
               f"train accuracy {result['train_accuracy']:.4f}; {out}", flush=True)
         return result

@@ -68,12 +68,26 @@ def cutmix(x, alpha):
     perm = torch.randperm(len(x), device=x.device)  # j = perm[i]  (N,)
     inside = []
     for length in x.shape[2:]:
-        cut, middle = (side * length).long(), torch.randint(length, (1,), device=x.device)
-        offset = torch.arange(length, device=x.device) - (middle - cut // 2)  # from the box's edge
-        inside.append((offset >= 0) & (offset < cut))  # cut off at the border  (H,), (W,)
+        half, middle = (side * length).long() // 2, torch.randint(length, (1,), device=x.device)
+        offset = torch.arange(length, device=x.device) - middle
+        inside.append((-half <= offset) & (offset < half))  # cut off at the border  (H,), (W,)
     box = inside[0][:, None] & inside[1]  # where M is 0  (H, W)
     lam = (1 - box.float().mean()).expand(len(x))
     return torch.where(box, x[perm], x), perm, lam  # M * x_i + (1 - M) * x_j
+
+
+def inputmix(x, alpha):
+    """InputMix: mix each example with two random partners, in place of an augmentation.
+
+    x: (N, ...) float; alpha > 0. Returns x_mix (N, ...). No label is touched, as x_i keeps at least
+    a half: 1/2 + d_0/2, beside d_1/2 and d_2/2 of its partners, d ~ Dirichlet(alpha, alpha, alpha).
+    """
+    N = len(x)
+    concentration = torch.full((N, 3), float(alpha), device=x.device)
+    d = torch.distributions.Dirichlet(concentration, validate_args=False).sample()  # (N, 3)
+    d = (d / 2).view(N, 3, *[1] * (x.dim() - 1)).unbind(1)  # (N, 1, ...) each
+    partners = [x[torch.randperm(N, device=x.device)] for _ in range(2)]
+    return (0.5 + d[0]) * x + d[1] * partners[0] + d[2] * partners[1]
 
 
 # ---------------------------------------------------------------------------- losses (Section 3.1)
@@ -147,6 +161,7 @@ class Args:
     mix: str = flag("mixup", "how i-Mix mixes", choices=["mixup", "cutmix"])
     loss: str = flag("n-pair", "nt-xent: SimCLR's own", choices=["n-pair", "nt-xent"])
     temperature: float = flag(0.2, "tau", 1e-12)
+    inputmix: bool = flag(False, "InputMix on both views, for --no-augment")
     epochs: int = flag(1000, "epochs of pre-training", 1, 1e6)
     lr: float = flag(0.125, "learning rate per 256 examples", 1e-12)
     schedule: str = flag("cosine", "decay of the learning rate", choices=["cosine", "step"])
@@ -162,6 +177,9 @@ class Args:
     arch: str = flag("resnet50", "encoder", choices=["resnet18", "resnet34", "resnet50"])
     dim: int = flag(128, "D, the embeddings' size", 1, 1e6)
     linear_epochs: int = flag(100, "epochs of the linear evaluation", 1, 1e6)
+    linear_lr: float = flag(10.0, "its learning rate", 1e-12)
+    linear_batch_size: int = flag(256, "its batch size", 1, 1e6)
+    linear_views: int = flag(5, "image: how often it draws its views; published: each epoch", 1)
 
     dataset: str = flag("cifar10", "cifar10, cifar100, digits, speech_commands, or a folder")
     data_dir: str = flag("data", "where data sets lie, or are downloaded to")
@@ -185,9 +203,12 @@ class Args:
                              "--loss n-pair")
 
 
-RECIPES = {  # what differs from Args by domain
-    "image": {},
+RECIPES = {  # what differs from Args, by domain and flags; a later row goes before an earlier
     "speech": {"temperature": 0.5, "epochs": 500, "schedule": "step", "warmup_epochs": 5},
+    "--dataset cifar10": {"epochs": 4000},
+    "--dataset cifar10 --alpha 0": {"epochs": 2000},
+    "--dataset cifar100": {"epochs": 2000},
+    "--dataset cifar100 --alpha 0": {"epochs": 4000},
 }
 
 
@@ -304,6 +325,8 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
             optimizer.param_groups[0]["lr"] = lr
             n = N // world
             rows = slice(rank * n, (rank + 1) * n)  # of the batch's, those that this process embeds
+            if args.inputmix:
+                x, x_tilde = inputmix(x, alpha=1.0), inputmix(x_tilde, alpha=1.0)
 
             # i-Mix: the anchors are mixed, never the views that they are compared with.
             perm = lam = None
@@ -375,13 +398,20 @@ def parse_args(argv, find_domain):
         name, kind = "--" + f.name.replace("_", "-"), {"action": "store_true"}
         if f.type is not bool:
             kind = {"type": f.type, "choices": f.metadata["choices"]}
-        others = [f"{domain}: {r[f.name]}" for domain, r in RECIPES.items() if f.name in r]
+        others = [f"{case}: {row[f.name]}" for case, row in RECIPES.items() if f.name in row]
         default = "; ".join([f"default: {f.default}", *others])
         parser.add_argument(name, help=f"{f.metadata['help']} ({default})", **kind)
     given = vars(parser.parse_args(argv))
     try:
-        domain = find_domain(given.get("dataset", Args.dataset), RECIPES)
-        return Args(**RECIPES[domain] | given), domain
+        dataset = given.get("dataset", Args.dataset)
+        domain = find_domain(dataset, ["image", "speech"])
+        cases = [domain, f"--dataset {dataset}"]
+        if given.get("alpha") == 0:
+            cases += [f"{case} --alpha 0" for case in cases]
+        recipe = {}
+        for case in cases:
+            recipe |= RECIPES.get(case, {})
+        return Args(**recipe | given), domain
     except ValueError as error:
         fail(error)
 
@@ -394,7 +424,8 @@ def begin_run(out, config):
         save(json.dumps(config, indent=2) + "\n", path)
         return
     was = json.loads(path.read_text())
-    may_change = "data_dir device compile out resume eval_every linear_epochs torch".split()
+    may_change = "data_dir device compile out resume eval_every torch linear_epochs " \
+                 "linear_lr linear_batch_size linear_views".split()
     for name in config:
         if name not in may_change and was.get(name) != config[name]:
             fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, "
@@ -454,15 +485,15 @@ def main(argv=None):
         print("on the CPU, BatchNorm sees each process's own rows, not the whole batch")
 
     torch.manual_seed(args.seed)
-    _, channels, size, _ = data.plain(data.x_train[:1]).shape
-    encoder = resnet(args.arch, channels, size)
+    encoder = resnet(args.arch, *data.plain(data.x_train[:1]).shape[1:3])
     encoder = encoder.to(device, memory_format=torch.channels_last)  # fastest for convolutions
     head = projection_head(2048 if args.arch == "resnet50" else 512, args.dim).to(device)
     view = data.plain if args.no_augment else data.view
     loader = common.TwoViews(data.x_train, view, args.batch_size)
 
     def evaluate():
-        result = common.linear_eval(encoder, data, args.linear_epochs, seed=args.seed)
+        result = common.linear_eval(encoder, data, args.linear_epochs, args.linear_batch_size,
+                                    args.linear_lr, args.seed, args.linear_views)
         print(f"test accuracy {result['test_accuracy']:.4f}, "
               f"train accuracy {result['train_accuracy']:.4f}; {out}", flush=True)
         return result

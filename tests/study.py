@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: MIT
+"""The study of the README: what i-Mix gains on CovType, by method, length and width.
+
+    python tests/study.py             # runs what is missing, then prints the table
+    python tests/study.py --only 40   # of these epochs
+
+Runs lie in runs/study/; two go at a time, on one core each. What is finished is skipped, what was
+stopped goes on. tests/study.csv keeps a line of every finished run, tests/pictures/ the pictures.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RUNS, RECORD, PICTURES = ROOT / "runs/study", ROOT / "tests/study.csv", ROOT / "tests/pictures"
+COLUMNS = ["run", "test_accuracy", "train_accuracy", "loss", "examples_per_s", "torch", "date"]
+
+
+@dataclass
+class Row:
+    """A row of the table: a run without and a run with i-Mix for each seed."""
+
+    method: str
+    width: int
+    epochs: int
+    seeds: int
+    flags: str = ""  # of both runs
+    without: str = ""  # further ones of the run without i-Mix
+    with_imix: str = ""  # further ones of the run with i-Mix
+
+    def runs(self, seed):
+        """The two command lines."""
+        flags = f"--width {self.width} --epochs {self.epochs} {self.flags}"
+        ends = f"--alpha 0 {self.without}", self.with_imix
+        return [" ".join(f"{SCRIPTS[self.method]} {flags} {end} --seed {seed}".split())
+                for end in ends]
+
+
+SCRIPTS = {"N-pair": "npair_tabular.py", "MoCo": "moco_imix.py --dataset covtype",
+           "BYOL": "byol_imix.py --dataset covtype"}
+STUDY = [
+    Row("N-pair", 8, 40, 3),
+    Row("N-pair", 8, 40, 3, flags="--standardize all"),
+    Row("MoCo", 8, 40, 3),
+    Row("MoCo", 8, 40, 3, with_imix="--mask 0.2"),
+    Row("MoCo", 8, 40, 3, without="--n-plus-k"),
+    Row("BYOL", 8, 40, 3),
+    Row("BYOL", 8, 40, 3, with_imix="--mask 0.2"),
+    Row("N-pair", 8, 500, 2),
+    Row("MoCo", 8, 500, 2),
+    Row("BYOL", 8, 500, 2),
+    Row("N-pair", 16, 150, 3),
+    Row("N-pair", 8, 150, 3, flags="--mask 0"),
+    Row("MoCo", 8, 150, 3, flags="--mask 0"),
+    Row("BYOL", 8, 150, 3, flags="--mask 0"),
+]
+
+
+def folder(run):
+    """The run folder of a command line."""
+    return RUNS / run.replace(".py", "").replace(" --", "-").replace(" ", "")
+
+
+def cost(run):
+    """A run's share of the work: its epochs times the square of its width."""
+    words = run.split()
+    return int(words[words.index("--epochs") + 1]) * int(words[words.index("--width") + 1]) ** 2
+
+
+def start(run):
+    """Run or go on with a command line, on one core; returns it and its exit status."""
+    script, *flags = run.split()
+    command = [sys.executable, script, *flags, "--out", folder(run), "--resume"]
+    with open(f"{folder(run)}.txt", "a") as output:
+        return run, subprocess.call(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def work(runs):
+    """Run what is not finished of runs, and record it as it comes."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    begin, done, total = time.monotonic(), 0, sum(map(cost, runs))
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            for future in as_completed(pool.submit(start, run) for run in runs):
+                run, code = future.result()
+                if code:
+                    print(f"{run}: ended with {code}, see {folder(run)}.txt", flush=True)
+                    continue
+                done += cost(run)
+                left = timedelta(seconds=round((time.monotonic() - begin) * (total / done - 1)))
+                print(f"{run}: {record()[run]:.2%}; {left} left", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            sys.exit("stopped; the same command goes on")
+
+
+def record():
+    """Bring tests/study.csv up to date with the run folders; returns {run: test accuracy}."""
+    rows = {}
+    if RECORD.exists():
+        rows = {row["run"]: row for row in csv.DictReader(RECORD.read_text().splitlines())}
+    for run in all_runs():
+        result = folder(run) / "result.json"
+        if result.exists():
+            values = json.loads(result.read_text())
+            log = list(csv.DictReader((folder(run) / "log.csv").read_text().splitlines()))
+            values |= log[-1] | json.loads((folder(run) / "config.json").read_text())
+            values |= {"run": run, "date": date.fromtimestamp(result.stat().st_mtime)}
+            rows[run] = {name: values[name] for name in COLUMNS}
+    with open(RECORD, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[run] for run in all_runs() if run in rows)
+    return {run: float(row["test_accuracy"]) for run, row in rows.items()}
+
+
+def all_runs():
+    """Every run of the study once, the first seeds first."""
+    runs = []
+    for seed in range(3):
+        for row in STUDY:
+            if seed < row.seeds:
+                runs += row.runs(seed)
+    return list(dict.fromkeys(runs))
+
+
+def mean(values):
+    """Mean +- standard deviation of accuracies, in %."""
+    text = f"{100 * statistics.mean(values):.1f}"
+    if len(values) > 1:
+        text += f" +- {100 * statistics.stdev(values):.1f}"
+    return text
+
+
+def table(accuracy):
+    """The README's table, of {run: test accuracy}: rows with the seeds of which both runs are."""
+    lines = ["| method | w | epochs | seeds | without i-Mix | with i-Mix | gain |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in STUDY:
+        pairs = [[accuracy.get(run) for run in row.runs(seed)] for seed in range(row.seeds)]
+        pairs = [pair for pair in pairs if None not in pair]
+        if not pairs:
+            continue
+        without, with_imix = zip(*pairs)
+        method = row.method
+        if row.flags:
+            method += f", `{row.flags}`"
+        if row.without:
+            method += f", `{row.without}` without i-Mix"
+        if row.with_imix:
+            method += f", `{row.with_imix}` with i-Mix"
+        gain = 100 * (statistics.mean(with_imix) - statistics.mean(without))
+        lines.append(f"| {method} | {row.width} | {row.epochs} | {len(pairs)} | {mean(without)} | "
+                     f"{mean(with_imix)} | {gain:+.1f} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--only", type=int, help="run those of so many epochs alone")
+    only = parser.parse_args().only
+    runs = [run for run in all_runs() if not (folder(run) / "result.json").exists()]
+    work([run for run in runs if only is None or f"--epochs {only} " in run])
+    print(table(record()))
+
+
+if __name__ == "__main__":
+    main()
