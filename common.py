@@ -492,11 +492,12 @@ def read_image_folder(path, size):
 
 
 def image_view(x):
-    """A random view of each image, SimCLR's for small images: (N, C, H, H) in [0, 1] -> the same.
+    """A random view of each image, SimCLR's: (N, C, H, H) in [0, 1] -> the same.
 
     RandomResizedCrop(scale 0.2 to 1), with probability 0.8 ColorJitter(0.4, 0.4, 0.4, 0.1),
-    grayscale with probability 0.2, horizontal flip; for one channel the crop, brightness and
-    contrast. Distributions are torchvision's.
+    grayscale with probability 0.2, horizontal flip, and for images of more than 64 pixels, with
+    probability 0.5, a blur; for one channel no colours and no flip. Distributions are
+    torchvision's.
     """
     n, channels, size, device = len(x), x.shape[1], x.shape[2], x.device
     flip = torch.rand(n, device=device) < (0.5 if channels == 3 else 0.0)
@@ -509,7 +510,15 @@ def image_view(x):
     x = color_jitter(x, factors, shift.squeeze(1), order)
     if channels == 3:
         x = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.2, grayscale(x), x)
+    if size > 64:
+        x = blur(x, draw(n, 0.1, 2.0, 0.01, device))  # at 0.01 an image stays as it is
     return x
+
+
+def draw(n, low, high, otherwise, device):
+    """(n,): each with probability 0.5 uniform from low to high, else as otherwise says."""
+    drawn = torch.empty(n, device=device).uniform_(low, high)
+    return torch.where(torch.rand(n, device=device) < 0.5, drawn, otherwise)
 
 
 def padded_crop(x):
@@ -586,6 +595,23 @@ def color_jitter(x, factors, shift, order):
     return x
 
 
+def blur(x, sigma):
+    """Blur each image of (N, C, H, H) by a Gaussian of its own sigma (N,), in pixels.
+
+    SimCLR's kernel, a tenth of the image wide, and torchvision's border, reflected. A blur is
+    linear in rows and in columns, so it is one matrix from the left and, transposed, from the
+    right.
+    """
+    n, size = len(x), x.shape[2]
+    taps = torch.arange(-(size // 20), size // 20 + 1, device=x.device)  # (T,)
+    kernel = torch.softmax(-0.5 * (taps / sigma[:, None]) ** 2, dim=1)  # (N, T)
+    source = (torch.arange(size, device=x.device)[:, None] + taps).abs()  # (H, T)
+    source = source.minimum(2 * (size - 1) - source)
+    weights = torch.zeros(n, size, size, device=x.device)
+    weights.scatter_add_(2, source.expand(n, -1, -1), kernel[:, None].expand(-1, size, -1))
+    return weights[:, None] @ x @ weights.mT[:, None]
+
+
 def blend(x, factor, part):
     """Blend each image, by its factor (N,), with black, its mean gray, or its grayscale.
 
@@ -660,7 +686,7 @@ def load_speech(dataset, data_dir, device, *, version="v0.01", train_size=None):
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0]
     n = len(train) + len(test)
-    size = 2 * n * RATE + 8 * len(noise) * FRAMES * (N_FFT // 2 + 1)  # bytes: clips, noise's STFT
+    size = 2 * n * RATE + 4 * noise.size  # bytes: clips in int16, noise in float32
     if size > memory:
         raise DataError(f"{folder}: {n:,} clips and {len(noise):,} s of noise take "
                         f"{size / 1e9:.1f} GB, and {device} has {memory / 1e9:.1f}: keep fewer "
@@ -670,7 +696,7 @@ def load_speech(dataset, data_dir, device, *, version="v0.01", train_size=None):
     x_train, x_test = (clips[[row.get(file, 0) for file in part]] for part in (train, test))
     x_train[train == "silence/"] = 0  # which is no file, so that another clip was taken
     tensors = [torch.as_tensor(a, device=device) for a in (x_train, y_train, x_test, y_test)]
-    noise = stft(torch.as_tensor(noise / 32768, dtype=torch.float32, device=device))
+    noise = torch.as_tensor(noise / 32768, dtype=torch.float32, device=device)
     return Dataset(*tensors, len(classes), lambda x: speech_view(x / 32768, noise),
                    lambda x: log_mel(squared_magnitude(stft(x / 32768))))
 
@@ -810,25 +836,33 @@ def read_wav(path):
 def speech_view(x, noise):
     """A random view of each clip, the recipe's: (N, 16000) in [-1, 1) -> (N, 1, 32, 32) in dB.
 
-    Each with probability 0.5: amplitude times 0.7 to 1.1; speed and pitch changed so that the clip
-    lasts up to 20 % more or less; time stretched at a rate of 0.8 to 1.2; a shift by up to 8
-    frames; a share of up to 0.45 of noise, the STFT of clips of background noise (M, 32, 1025). A
-    phase vocoder's phases are left out: the features are of magnitudes, and the phases of noise,
-    added last, are random. Returns log-mel spectrograms.
+    The clip distorted, and with probability 0.5 a share of up to 0.45 of noise, one of the clips
+    of background noise (M, 16000), distorted on its own. A phase vocoder's phases are left out: the
+    features are of magnitudes, and between a clip and noise each phase is as likely as another.
+    Returns log-mel spectrograms.
     """
     n, device = len(x), x.device
+    noise = distort(noise[torch.randint(len(noise), (n,), device=device)])  # (N, 32, 1025)
+    share = draw(n, 0, 0.45, 0.0, device)[:, None, None]
+    clip, noise = distort(x).mul_(1 - share), noise.mul_(share)
+    cosine = torch.rand_like(clip).mul_(2 * math.pi).cos_()  # of the phase between them
+    power = clip.square() + noise.square() + cosine.mul_(2).mul_(clip).mul_(noise)
+    return log_mel(power.clamp_(min=0))
 
-    def draw(low, high, otherwise):  # (N,)
-        drawn = torch.empty(n, device=device).uniform_(low, high)
-        return torch.where(torch.rand(n, device=device) < 0.5, drawn, otherwise)
 
-    x = change_speed(x * draw(0.7, 1.1, 1.0)[:, None], 1 / (1 + draw(-0.2, 0.2, 0.0)))
-    rate, shift = 1 + draw(-0.2, 0.2, 0.0), draw(-8, 9, 0.0).floor()
-    magnitude = stretch_and_shift(squared_magnitude(stft(x)).sqrt_(), rate, shift)
-    share = draw(0, 0.45, 0.0)[:, None, None]
-    noise = noise[torch.randint(len(noise), (n,), device=device)]
-    imag = noise.imag.mul_(share)
-    return log_mel(magnitude.lerp_(noise.real, share).square_().addcmul_(imag, imag))
+def distort(x):
+    """The magnitudes (N, 32, 1025) of clips (N, 16000), each distorted in its own way.
+
+    Each with probability 0.5: amplitude times 0.7 to 1.1; speed and pitch changed so that the clip
+    lasts up to 20 % more or less; time stretched at a rate of 0.8 to 1.2; a shift by up to 8
+    frames.
+    """
+    n, device = len(x), x.device
+    amplitude = draw(n, 0.7, 1.1, 1.0, device)[:, None]
+    speed = 1 / (1 + draw(n, -0.2, 0.2, 0.0, device))
+    rate, shift = 1 + draw(n, -0.2, 0.2, 0.0, device), draw(n, -8, 9, 0.0, device).floor()
+    x = change_speed(x * amplitude, speed)
+    return stretch_and_shift(squared_magnitude(stft(x)).sqrt_(), rate, shift)
 
 
 def change_speed(x, speed):
@@ -845,11 +879,11 @@ def change_speed(x, speed):
 def stft(x):
     """The short-time Fourier transform of clips (N, 16000), as librosa's: (N, 32, 1025) complex.
 
-    A periodic Hann window of 2,048 samples every 512, the first around sample 0, zeros beyond the
-    ends.
+    A periodic Hann window of 2,048 samples every 512, the first around sample 0; beyond its ends
+    the clip is reflected, as by librosa 0.8.0, which the recipe pins.
     """
     window = torch.hann_window(N_FFT, device=x.device)
-    return torch.stft(x, N_FFT, HOP, window=window, pad_mode="constant", return_complex=True).mT
+    return torch.stft(x, N_FFT, HOP, window=window, pad_mode="reflect", return_complex=True).mT
 
 
 def squared_magnitude(s):
@@ -861,11 +895,13 @@ def stretch_and_shift(magnitude, rate, shift):
     """Stretch clip i of magnitude (N, 32, bins) in time, then shift it.
 
     Its frame t is that at (t + shift[i]) rate[i]: interpolated between two frames, zero beyond the
-    ends. That is one product from the left.
+    ends. A clip made shorter is cut to its new length before it is shifted, so that a frame t
+    beyond that is zero, too. That is one product from the left.
     """
     t = torch.arange(FRAMES, device=magnitude.device)
     at = (t + shift[:, None]) * rate[:, None]  # (N, 32)
-    weights = (1 - (at[:, :, None] - t).abs()).clamp(min=0) * (at >= 0)[:, :, None]  # (N, 32, 32)
+    inside = (at >= 0) & (t * rate[:, None] < FRAMES)  # (N, 32)
+    weights = (1 - (at[:, :, None] - t).abs()).clamp(min=0) * inside[:, :, None]  # (N, 32, 32)
     return weights @ magnitude
 
 

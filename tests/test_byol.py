@@ -62,7 +62,7 @@ class Views:
 
 def networks(seed=0):
     torch.manual_seed(seed)
-    return byol.MLP5Layer([4, 2], 1), byol.projection_head(32, 8), byol.projection_head(8, 8)
+    return byol.MLP5Layer([4, 2], 1), byol.projection_head(32, 8), byol.prediction_head(8, 32)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -147,7 +147,7 @@ def on_digits(predictor=True):
     torch.manual_seed(0)
     data = common.load_table("digits", "data", torch.device("cpu"))
     encoder, head = byol.MLP5Layer(data.groups, 2), byol.projection_head(64, 32)[:-1]
-    g = byol.projection_head(32, 32)[:-1] if predictor else nn.Identity()
+    g = byol.prediction_head(32, 64)[:-1] if predictor else nn.Identity()
     return encoder, head, g, common.TwoViews(data.x_train, data.view, 128)
 
 

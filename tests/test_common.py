@@ -135,7 +135,7 @@ def test_linear_eval_is_the_protocol_written_out():
     features = encoder(2 * x).detach()
     optimizer = torch.optim.SGD(classifier.parameters(), momentum=0.9)
     for epoch in range(20):
-        lr = 2.5  # 10 per 256 examples
+        lr = 3.0
         if epoch >= 16:
             lr *= 0.2
         if epoch >= 18:
@@ -160,15 +160,24 @@ def test_linear_eval_is_the_protocol_written_out():
 
     encoder.train()
     data = common.Dataset(x, y, x_test, y_test, 3, view, plain)
-    result = common.linear_eval(encoder, data, epochs=20, batch_size=64, seed=3)
+    result = common.linear_eval(encoder, data, epochs=20, batch_size=64, lr=3.0, seed=3)
     assert y_test.bincount(minlength=3).min() > 1000
     assert result["test_accuracy"] > 0.999
     assert result["train_accuracy"] == train_correct / 200
-    for part in ("lr 10", "batch 64", "20 epochs"):
+    for part in ("lr 3", "batch 64", "20 epochs"):
         assert part in result["protocol"]
 
 
-def test_linear_eval_draws_the_training_views_anew_five_times():
+def test_linear_eval_of_few_examples_shrinks_batch_and_learning_rate():
+    """600 examples of a batch of 2,400 are trained at a quarter of its learning rate."""
+    results = [common.linear_eval(nn.Linear(3, 3), answerable(), 10, batch_size, lr)
+               for batch_size, lr in ((2400, 10.0), (600, 2.5))]
+    assert results[0]["protocol"] == results[1]["protocol"]
+    assert "lr 2.5, batch 600" in results[0]["protocol"]
+
+
+@pytest.mark.parametrize("views, times", [(5, 5), (1, 1), (10, 10), (100, 10)])
+def test_linear_eval_draws_the_training_views_anew(views, times):
     data = answerable()
     drawn = []
 
@@ -177,8 +186,9 @@ def test_linear_eval_draws_the_training_views_anew_five_times():
         return x
 
     data.eval_view = eval_view
-    result = common.linear_eval(nn.Identity(), data, epochs=10)
-    assert sum(drawn) == 5 * 600
+    result = common.linear_eval(nn.Identity(), data, epochs=10, views=views)
+    assert sum(drawn) == times * 600
+    assert f"{times} times" in result["protocol"]
     assert result["test_accuracy"] == 0.75
 
 

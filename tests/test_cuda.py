@@ -27,7 +27,9 @@ AMPS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = [(npair_tabular, "table", {}), (npair_tabular, "table", {"alpha": 0.0}),
          (simclr_imix, "image", {"mix": "mixup"}), (simclr_imix, "image", {"mix": "cutmix"}),
          (simclr_imix, "image", {"alpha": 0.0, "loss": "nt-xent"}), (simclr_imix, "speech", {}),
+         (simclr_imix, "image", {"inputmix": True}),
          (moco_imix, "table", {}), (moco_imix, "image", {"mix": "cutmix"}),
+         (moco_imix, "table", {"alpha": 0.0}),
          (byol_imix, "table", {}), (byol_imix, "image", {"symmetric": True})]
 
 
@@ -58,7 +60,7 @@ def load(script, domain, folder):
             encoder.layer2 = encoder.layer3 = encoder.layer4 = nn.Identity()
         nets = [encoder, script.projection_head(64, 16)]
         if script is byol_imix:
-            nets.append(script.projection_head(16, 16))
+            nets.append(script.prediction_head(16, 64))
     return data, nets
 
 

@@ -41,6 +41,37 @@ def test_loss_and_gradient_equal_the_equation(mixed, temperature):
     assert f_ema.grad is None and queue.grad is None
 
 
+@pytest.mark.parametrize("temperature", [0.07, 0.2])
+def test_mocos_own_loss_and_gradient_equal_its_equation(temperature):
+    """1 + K classes: one's own key and the queue."""
+    torch.manual_seed(0)
+    f, f_ema = 3 * torch.randn(6, 5), 3 * torch.randn(6, 5)
+    queue = F.normalize(torch.randn(11, 5), dim=1)
+    f.requires_grad_(), f_ema.requires_grad_(), queue.requires_grad_()
+    expected = 0
+    for i in range(6):
+        keys = [f_ema[i].detach().double(), *queue.detach().double()]
+        s = [torch.dot(f[i].double(), k) / (f[i].double().norm() * k.norm()) for k in keys]
+        p = torch.exp(s[0] / temperature) / sum(torch.exp(s_k / temperature) for s_k in s)
+        expected = expected - torch.log(p) / 6
+    expected_gradient, = torch.autograd.grad(expected, f)
+    loss = moco.moco_own_loss(f, f_ema, queue, temperature)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    loss.backward()
+    assert f.grad.abs().max() > 1e-3
+    torch.testing.assert_close(f.grad, expected_gradient, rtol=1e-5, atol=1e-6)
+    assert f_ema.grad is None and queue.grad is None
+
+
+def test_mocos_own_loss_stays_float32_under_autocast():
+    f, f_ema = torch.randn(2, 8, 16)
+    queue = F.normalize(torch.randn(32, 16), dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = moco.moco_own_loss(f, f_ema, queue, 0.2)
+    assert autocast.dtype == torch.float32
+    assert torch.equal(autocast, moco.moco_own_loss(f, f_ema, queue, 0.2))
+
+
 def test_loss_stays_float32_under_autocast():
     f, f_ema = torch.randn(2, 8, 16)
     queue = F.normalize(torch.randn(32, 16), dim=1)
@@ -108,13 +139,16 @@ def networks(seed=0):
     return moco.MLP5Layer([4, 2], 1), moco.projection_head(32, 8)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_pretrain_is_section_3_2_written_out(tmp_path, alpha):
-    """Anchors mixed, keys by the EMA encoder; the EMA and the queue after the step."""
+@pytest.mark.parametrize("alpha, n_plus_k", [(0.0, False), (0.0, True), (1.0, False)])
+def test_pretrain_is_section_3_2_written_out(tmp_path, alpha, n_plus_k):
+    """Anchors mixed, keys by the EMA encoder; the EMA and the queue after the step.
+
+    Without i-Mix the other keys of the batch are no classes, unless that is asked for.
+    """
     encoder, head = (net.double() for net in networks())  # in float32, rounding sets two runs apart
     model = copy.deepcopy(nn.Sequential(encoder, head))
     args = moco.Args(alpha=alpha, ema=0.9, queue=20, epochs=4, warmup_epochs=1, lr=0.16,
-                     schedule="step", weight_decay=0.1, temperature=0.2)
+                     schedule="step", weight_decay=0.1, temperature=0.2, n_plus_k=n_plus_k)
     moco.pretrain(encoder, head, Views(torch.float64), args, tmp_path)
 
     torch.manual_seed(0)
@@ -132,6 +166,8 @@ def test_pretrain_is_section_3_2_written_out(tmp_path, alpha):
             with torch.no_grad():
                 keys = F.normalize(ema(x_tilde), dim=1)
             logits = F.normalize(model(x), dim=1) @ torch.cat([keys, queue]).T / 0.2
+            if not alpha and not n_plus_k:
+                logits[:, :16] += torch.where(torch.eye(16) == 1, 0, -1e9)
             loss_i = F.cross_entropy(logits, torch.arange(16), reduction="none")
             loss_j = F.cross_entropy(logits, perm, reduction="none")
             optimizer.zero_grad()
@@ -150,13 +186,14 @@ def test_pretrain_is_section_3_2_written_out(tmp_path, alpha):
 @pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": 2.0}, {"amp": "bf16"},
                                      {"amp": "fp16"}], ids=str)
 def test_pretrain_learns(monkeypatch, options):
-    seen, inner = set(), moco.moco_loss
+    name = "moco_own_loss" if options.get("alpha") == 0 else "moco_loss"
+    seen, inner = set(), getattr(moco, name)
 
     def watched(f, f_ema, *rest):
         seen.add((f.dtype, f_ema.dtype))
         return inner(f, f_ema, *rest)
 
-    monkeypatch.setattr(moco, "moco_loss", watched)
+    monkeypatch.setattr(moco, name, watched)
     args = moco.Args(epochs=30, lr=1.6, temperature=0.2, ema=0.9, queue=64, **options)
     log = moco.pretrain(*networks(), Views(), args)
     assert log[-1]["loss"] < log[0]["loss"] - 0.3

@@ -136,7 +136,7 @@ def test_learning_rate_at_its_corners():
 
 
 def test_the_warm_up_is_at_most_a_quarter():
-    for epochs, warmup in ((500, 10), (40, 10), (39, 9), (3, 0)):
+    for epochs, warmup in ((500, 5), (20, 5), (19, 4), (3, 0)):
         args = npair.Args(lr=1.0, epochs=epochs)
         rates = [npair.learning_rate(step, 1, args) for step in range(epochs)]
         assert rates.index(1.0) == max(warmup - 1, 0)

@@ -33,7 +33,7 @@ def setup(script, device="cpu", seed=0):
         nets = [script.MLP5Layer([10, 4, 40], 1), script.projection_head(32, 16)]
         x = torch.randn(128, 54)
     if script is byol_imix:
-        nets.append(script.projection_head(16, 16))
+        nets.append(script.prediction_head(16, 32))
     loader = common.TwoViews(x.to(device), lambda x: x * (torch.rand_like(x) > 0.2), 16)
     return *(net.to(device) for net in nets), loader
 

@@ -83,6 +83,66 @@ def test_cutmix_box_is_anywhere_and_of_lams_size():
     assert 0.76 < torch.stack(kept).mean() < 0.84
 
 
+@pytest.mark.parametrize("beta, middle, rows, kept", [
+    (0.75, 16, range(8, 24), 0.75),  # a quarter of the pixels: 16 a side
+    (0.25, 16, range(8, 24), 0.75),  # folded
+    (0.75, 3, range(0, 11), 1 - 11**2 / 32**2),  # cut off at the border
+    (0.9, 16, range(11, 21), 1 - 10**2 / 32**2),  # 0.316 of 32 is 10.1
+    (0.886, 16, range(11, 21), 1 - 10**2 / 32**2),  # 0.338 of 32 is 10.8
+    (0.87, 16, range(11, 21), 1 - 10**2 / 32**2),  # 0.361 of 32 is 11.5: an even side
+    (0.998, 16, range(0), 1)])  # 0.045 of 32 is 1.4: no box
+def test_cutmix_box_by_hand(monkeypatch, beta, middle, rows, kept):
+    """As published: 2 * (cut // 2) pixels a side, around the pixel that is drawn."""
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: torch.tensor([beta]))
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor([middle]))
+    monkeypatch.setattr(torch, "randperm", lambda n, device: torch.arange(n).roll(1))
+    x = torch.stack([torch.zeros(1, 32, 32), torch.ones(1, 32, 32)])
+    x_mix, _, lam = simclr.cutmix(x, 1.0)
+    expected = torch.zeros(32, 32)
+    for row in rows:
+        expected[row, rows] = 1
+    assert torch.equal(x_mix[0, 0], expected) and torch.equal(x_mix[1, 0], 1 - expected)
+    assert lam.tolist() == pytest.approx([kept, kept])
+
+
+def test_inputmix_by_hand(monkeypatch):
+    """Shares 1/2 + d_0/2, d_1/2 and d_2/2 of an example and its two partners."""
+    d = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    partners = iter([torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])])
+    monkeypatch.setattr(torch.distributions.Dirichlet, "sample", lambda self: d)
+    monkeypatch.setattr(torch, "randperm", lambda n, device: next(partners))
+    x = torch.tensor([[1.0], [10.0], [100.0]])
+    expected = [0.6 * 1 + 0.15 * 10 + 0.25 * 100, 10.0, 0.5 * 100 + 0.5 * 10]
+    assert simclr.inputmix(x, 1.0).flatten().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 4.0])
+def test_inputmix_shares_follow_the_dirichlet_distribution(alpha):
+    """Read off one-hot examples. d_k has mean 1/3 and variance 2 / (9 (3 alpha + 1))."""
+    torch.manual_seed(0)
+    n = 2000
+    shares = simclr.inputmix(torch.eye(n), alpha)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(n))
+    own = shares.diagonal().clone()
+    others = shares.fill_diagonal_(0).sort(dim=1).values
+    assert own.min() >= 0.5 and not others[:, :-2].any()
+    assert abs(own.mean() - (1 / 2 + 1 / 6)) < 0.01
+    assert abs((2 * own).var() / (2 / (9 * (3 * alpha + 1))) - 1) < 0.1
+
+
+def test_inputmix_mixes_both_views_on_their_own_and_before_imix(monkeypatch):
+    seen, mixed = [], []
+    inner = simclr.inputmix
+    monkeypatch.setattr(simclr, "inputmix",
+                        lambda x, alpha: seen.append(inner(x, alpha)) or seen[-1])
+    monkeypatch.setattr(simclr, "mixup", lambda x, alpha: mixed.append(x) or (x, None, None))
+    x = torch.randn(16, 1, 4, 4)
+    nets = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()), simclr.projection_head(16, 8)
+    simclr.pretrain(*nets, [(x, x)], simclr.Args(epochs=1, inputmix=True))
+    assert len(seen) == 2 and not torch.equal(seen[0], seen[1])
+    assert len(mixed) == 1 and mixed[0] is seen[0]
+
+
 def test_lam_one_of_cutmix_leaves_the_loss_plain():
     f, f_tilde = torch.randn(6, 8), torch.randn(6, 8)
     plain = simclr.n_pair_loss(f, f_tilde, 0.2)

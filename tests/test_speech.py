@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Speech: log-mel by its formula, each augmentation on a known sound, recordings, lists, cache."""
 
+import itertools
 import json
 import math
 import os
@@ -126,10 +127,11 @@ def hertz_of(mel):
 def naive_log_mel(x):
     """librosa's log-mel from its definition, in float64: x (16000,) -> (32, 32).
 
-    power_to_db(melspectrogram(y=x, sr=16000, n_fft=2048, hop_length=512, n_mels=32), ref=np.max)
+    power_to_db(melspectrogram(y=x, sr=16000, n_fft=2048, hop_length=512, n_mels=32,
+    pad_mode="reflect"), ref=np.max)
     """
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(2048) / 2048)
-    padded = np.concatenate([np.zeros(1024), x, np.zeros(1024)])
+    padded = np.concatenate([x[1024:0:-1], x, x[-2:-1026:-1]])  # reflected at both ends
     power = np.zeros((1025, 32))
     for t in range(32):
         frame = padded[512 * t : 512 * t + 2048]
@@ -232,8 +234,22 @@ def test_shift_moves_a_click_by_frames():
     x = torch.zeros(3, 16000)
     x[:, 16 * 512] = 1  # in the middle of frame 16
     shift = torch.tensor([0.0, 5.0, -8.0])
-    magnitude = common.stretch_and_shift(common.stft(x).abs(), torch.ones(3), shift)
-    assert magnitude.sum(2).argmax(1).tolist() == [16, 11, 24]
+    moved = common.stretch_and_shift(magnitude(x), torch.ones(3), shift)
+    assert moved.sum(2).argmax(1).tolist() == [16, 11, 24]
+
+
+def test_a_shortened_clip_is_cut_before_it_is_shifted():
+    """By hand: at a rate of 1.2 a clip has ceil(32 / 1.2) = 27 frames, the last one at 31.2.
+
+    Five frames later it would reach to frame 32, but ends at 27 all the same.
+    """
+    frame = torch.arange(1.0, 33).expand(3, 32)[:, :, None]  # frame t holds t + 1
+    moved = common.stretch_and_shift(frame, torch.full((3,), 1.2), torch.tensor([0.0, -5.0, 5.0]))
+    stretched = torch.tensor([1 + 1.2 * t for t in range(26)] + [0.8 * 32])  # 26: 31.2, 0.8 inside
+    silence = torch.zeros(5)
+    torch.testing.assert_close(moved[0, :, 0], torch.cat([stretched, silence]))
+    torch.testing.assert_close(moved[1, :, 0], torch.cat([silence, stretched[:22], silence]))
+    torch.testing.assert_close(moved[2, :, 0], torch.cat([stretched[5:], silence, silence]))
 
 
 def test_shift_brings_in_silence():
@@ -244,30 +260,35 @@ def test_shift_brings_in_silence():
     assert (moved[1] > 0.79).all()  # slowed down to 40 frames, of which the last 32 are taken
     assert (moved[2, :24] == 1).all() and not moved[2, 24:].any()
     assert not moved[3, 0].any() and (moved[3, 1:] == 1).all()  # -0.9 is before the clip, too
-    magnitude = common.stft(float32(tone(440))).abs()
-    moved = common.stretch_and_shift(magnitude, torch.ones(1), torch.tensor([8.0]))
+    moved = common.stretch_and_shift(magnitude(float32(tone(440))), torch.ones(1),
+                                     torch.tensor([8.0]))
     level = common.log_mel(moved.square())
     assert (level[0, 0, :, 24:] == -80).all()  # silence, not noise
 
 
-def fix(monkeypatch, chosen, share):
-    """Fix what a view draws, in order of amplitude, speed, stretch, shift and noise.
+PARTS = ["amplitude", "speed", "stretch", "shift"]
 
-    It draws only the chosen one of these, at this share of its range.
+
+def fix(monkeypatch, **shares):
+    """Fix what a view draws: these parts alone, each at this share of its range.
+
+    Noise and then the clip draw PARTS each; then the clip is given its share of noise. Between
+    them the phase is 0.
     """
-    number = 0
+    order = [f"noise_{part}" for part in PARTS] + ["noise"] + PARTS
+    drawn = iter([])
 
-    def rand(n, **_):
-        nonlocal number
-        drawn = number % 5 == chosen
-        number += 1
-        return torch.full((n,), 0.0 if drawn else 1.0)
+    def draw(n, low, high, otherwise, device):
+        nonlocal drawn
+        part = next(drawn, None)
+        if part is None:
+            drawn = iter(order)
+            part = next(drawn)
+        value = low + shares[part] * (high - low) if part in shares else otherwise
+        return torch.full((n,), value)
 
-    def uniform(self, low, high):
-        return self.fill_(low + share * (high - low))
-
-    monkeypatch.setattr(torch, "rand", rand)
-    monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
+    monkeypatch.setattr(common, "draw", draw)
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
 
 
 @pytest.fixture
@@ -284,70 +305,108 @@ def powers(monkeypatch):
     return seen
 
 
-def test_each_augmentation_alone(monkeypatch, powers):
+def magnitude(x):
+    return common.stft(x).abs()
+
+
+def clip_and_noise():
     torch.manual_seed(0)
-    x = float32(tone(500), tone(1500)) / 2
-    noise = common.stft(torch.randn(1, 16000) / 9)
-    m, zero, one = common.stft(x).abs(), torch.zeros(2), torch.ones(2)
+    return float32(tone(500), tone(1500)) / 2, torch.randn(1, 16000) / 9
+
+
+def test_each_part_of_a_view_alone(monkeypatch, powers):
+    x, noise = clip_and_noise()
+    m, zero, one = magnitude(x), torch.zeros(2), torch.ones(2)
     cases = [  # the part, its share of its range, the magnitude that it makes
-        (0, 0.0, 0.7 * m),
-        (0, 1.0, 1.1 * m),
-        (1, 0.0, common.stft(common.change_speed(x, 1.25 * one)).abs()),
-        (1, 1.0, common.stft(common.change_speed(x, one / 1.2)).abs()),
-        (2, 0.0, common.stretch_and_shift(m, 0.8 * one, zero)),
-        (2, 1.0, common.stretch_and_shift(m, 1.2 * one, zero)),
-        (3, 0.0, common.stretch_and_shift(m, one, -8 * one)),
-        (3, 0.999, common.stretch_and_shift(m, one, 8 * one)),
-        (4, 0.0, m),
-        (4, 1.0, (0.55 * m + 0.45 * noise).abs()),
-        (None, 0.3, m)]
+        ("amplitude", 0.0, 0.7 * m),
+        ("amplitude", 1.0, 1.1 * m),
+        ("speed", 0.0, magnitude(common.change_speed(x, 1.25 * one))),
+        ("speed", 1.0, magnitude(common.change_speed(x, one / 1.2))),
+        ("stretch", 0.0, common.stretch_and_shift(m, 0.8 * one, zero)),
+        ("stretch", 1.0, common.stretch_and_shift(m, 1.2 * one, zero)),
+        ("shift", 0.0, common.stretch_and_shift(m, one, -8 * one)),
+        ("shift", 0.999, common.stretch_and_shift(m, one, 8 * one)),
+        ("noise", 0.0, m),
+        ("noise", 1.0, 0.55 * m + 0.45 * magnitude(noise)),
+        ("noise_speed", 1.0, m)]  # of noise of which no share is taken
     for part, share, expected in cases:
-        fix(monkeypatch, part, share)
+        fix(monkeypatch, **{part: share})
         view = common.speech_view(x, noise)
         assert view.shape == (2, 1, 32, 32)
         torch.testing.assert_close(powers.pop().sqrt(), expected, atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(view, log_mel(x), atol=0.05, rtol=0)  # with none of them
 
 
+def test_noise_goes_through_the_same_parts(monkeypatch, powers):
+    """Seen on silence, to which 0.45 of it is added: amplitude, speed, stretch and shift."""
+    _, noise = clip_and_noise()
+    one = torch.ones(1)
+    cases = [
+        ({"noise_amplitude": 0.5}, magnitude(0.9 * noise)),
+        ({"noise_speed": 1.0}, magnitude(common.change_speed(noise, one / 1.2))),
+        ({"noise_stretch": 1.0}, common.stretch_and_shift(magnitude(noise), 1.2 * one, 0 * one)),
+        ({"noise_shift": 0.0}, common.stretch_and_shift(magnitude(noise), one, -8 * one)),
+        ({"amplitude": 0.0, "speed": 1.0, "stretch": 0.0, "shift": 0.0}, magnitude(noise)),
+        ({"noise_stretch": 1.0, "noise_shift": 0.0},
+         common.stretch_and_shift(magnitude(noise), 1.2 * one, -8 * one))]
+    for shares, expected in cases:
+        fix(monkeypatch, noise=1.0, **shares)
+        common.speech_view(torch.zeros(1, 16000), noise)
+        torch.testing.assert_close(powers.pop().sqrt(), 0.45 * expected, atol=2e-3, rtol=1e-3)
+    assert not expected[0, :8].any() and not expected[0, 27:].any()  # 8 frames late, cut after 27
+
+
+@pytest.mark.parametrize("cycles, share", [(0, 0.55 + 0.45), (0.25, math.hypot(0.55, 0.45)),
+                                           (0.5, 0.55 - 0.45)])
+def test_the_phase_between_clip_and_noise(monkeypatch, powers, cycles, share):
+    """In step their magnitudes add up, a quarter apart their powers, opposite they are taken off."""
+    x, _ = clip_and_noise()
+    fix(monkeypatch, noise=1.0)
+    monkeypatch.setattr(torch, "rand_like", lambda m: torch.full_like(m, cycles))
+    common.speech_view(x[:1], x[:1])
+    torch.testing.assert_close(powers[0].sqrt(), share * magnitude(x[:1]), atol=2e-2, rtol=1e-3)
+
+
 def test_noise_has_the_share_that_it_is_given(monkeypatch, powers):
-    """Phases are independent, so powers add up: (1 - share)^2 and share^2 of each."""
+    """Phases are as likely as one another, so powers add up: (1 - share)^2 and share^2 of each."""
     torch.manual_seed(0)
-    clips, noise = common.stft(torch.randn(200, 16000)), 2 * common.stft(torch.randn(200, 16000))
-    of_clips, of_noise = clips.abs().square().mean(), noise.abs().square().mean()
-    fix(monkeypatch, 4, 1.0)
-    torch.manual_seed(0)
-    common.speech_view(torch.randn(200, 16000), noise)
-    expected = 0.55**2 * of_clips + 0.45**2 * of_noise
+    clips, noise = torch.randn(200, 16000), 2 * torch.randn(200, 16000)
+    with monkeypatch.context() as patch:
+        fix(patch, noise=1.0)
+        patch.setattr(torch, "rand_like", lambda m: m.clone().uniform_())
+        common.speech_view(clips, noise)
+    expected = 0.55**2 * magnitude(clips).square().mean()
+    expected += 0.45**2 * magnitude(noise).square().mean()
     torch.testing.assert_close(powers[0].mean(), expected, rtol=0.01, atol=0)
 
 
 def test_each_is_drawn_for_half_of_the_clips(monkeypatch):
-    drawn = []
-    inner = torch.where
+    drawn, inner = [], common.draw
 
-    def where(condition, a, b):
-        if condition.shape == (300,):
-            drawn.append((condition, a))
-        return inner(condition, a, b)
+    def draw(n, low, high, otherwise, device):
+        values = inner(n, low, high, otherwise, device)
+        drawn.append((values, low, high, otherwise))
+        return values
 
-    monkeypatch.setattr(torch, "where", where)
+    monkeypatch.setattr(common, "draw", draw)
     torch.manual_seed(0)
-    common.speech_view(torch.randn(300, 16000), common.stft(torch.randn(3, 16000)))
-    ranges = [(0.7, 1.1), (-0.2, 0.2), (-0.2, 0.2), (-8, 9), (0, 0.45)]
-    assert len(drawn) == len(ranges)
-    for (active, value), (low, high) in zip(drawn, ranges):
-        assert 0.4 < active.float().mean() < 0.6  # 3.5 standard deviations
+    common.speech_view(torch.randn(300, 16000), torch.randn(3, 16000))
+    ranges = [(0.7, 1.1, 1), (-0.2, 0.2, 0), (-0.2, 0.2, 0), (-8, 9, 0)]  # of PARTS
+    assert [row[1:] for row in drawn] == [*ranges, (0, 0.45, 0), *ranges]
+    active = [values != otherwise for values, _, _, otherwise in drawn]
+    for (values, low, high, _), chosen in zip(drawn, active):
+        assert 0.4 < chosen.float().mean() < 0.6  # 3.5 standard deviations
         edge = 0.05 * (high - low)
-        assert low <= value.min() < low + edge
-        assert high - edge < value.max() <= high
-    for (a, _), (b, _) in zip(drawn, drawn[1:]):
+        assert low <= values[chosen].min() < low + edge
+        assert high - edge < values[chosen].max() <= high
+    for a, b in itertools.pairwise(active):
         assert 0.1 < (a & b).float().mean() < 0.4  # independent
 
 
 def test_views_work_without_data():
     """On the meta device nothing can be copied to the host: a view that waits for it fails."""
     x = torch.empty(4, 16000, device="meta", dtype=torch.int16) / 32768
-    noise = torch.empty(3, 32, 1025, device="meta", dtype=torch.complex64)
+    noise = torch.empty(3, 16000, device="meta")
     assert common.speech_view(x, noise).shape == (4, 1, 32, 32)
     assert log_mel(x).shape == (4, 1, 32, 32)
 
@@ -445,7 +504,7 @@ def test_views_of_speech_are_log_mel_spectrograms_with_the_folders_noise(tmp_pat
     assert data.eval_view is None
     noise = np.zeros(48_000)  # three clips, the last one filled up
     noise[:40_000] = common.read_wav(folder / "_background_noise_" / "hiss.wav") / 32768
-    noise = common.stft(float32(*noise.reshape(3, 16000)))
+    noise = float32(*noise.reshape(3, 16000))
     torch.manual_seed(0)
     view = data.view(data.x_train)
     torch.manual_seed(0)
@@ -747,8 +806,8 @@ def test_two_starts_at_once(tmp_path, monkeypatch):
 
 def test_what_does_not_fit_is_refused_before_it_is_read(tmp_path, monkeypatch):
     folder = speech_commands(tmp_path, ["bed", "cat"])
-    # Pages, and bytes a page: 1.2 MB. The noise takes 0.8, each of 22 clips 0.03.
-    monkeypatch.setattr(os, "sysconf", lambda name: 1100)
+    # Pages, and bytes a page: 0.81 MB. The noise takes 0.19, each of 22 clips 0.03.
+    monkeypatch.setattr(os, "sysconf", lambda name: 900)
     message = refused(load_commands, tmp_path)
     assert_names(message, folder, "22 clips", "3 s", "--train-size")
     assert not list(folder.glob("imix*"))

@@ -28,6 +28,7 @@ CASES = {
     "npair": (npair_tabular, {}), "npair-alpha0": (npair_tabular, {"alpha": 0.0}),
     "simclr": (simclr_imix, {}), "simclr-cutmix": (simclr_imix, {"mix": "cutmix"}),
     "simclr-nt-xent": (simclr_imix, {"alpha": 0.0, "loss": "nt-xent"}),
+    "simclr-inputmix": (simclr_imix, {"inputmix": True}),
     "moco": (moco_imix, {"queue": 40}), "moco-alpha0": (moco_imix, {"queue": 40, "alpha": 0.0}),
     "byol": (byol_imix, {}), "byol-symmetric": (byol_imix, {"symmetric": True}),
     "simsiam": (byol_imix, {"symmetric": True, "ema": 0.0, "alpha": 0.0}),

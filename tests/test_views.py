@@ -96,6 +96,33 @@ def test_grayscale(x):
     assert worst(common.grayscale(x), theirs) < 1e-5
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [65, 96, 224])
+def test_blur(size, channels):
+    """torchvision's with SimCLR's kernel: a tenth of the image, and odd."""
+    x = torch.rand(6, channels, size, size)
+    sigma = torch.tensor([0.1, 0.3, 0.8, 1.4, 2.0, 0.01])
+    ours = common.blur(x, sigma)
+    kernel = 2 * (size // 20) + 1
+    assert kernel == {65: 7, 96: 9, 224: 23}[size]
+    theirs = [TF.gaussian_blur(image, kernel, by) for image, by in zip(x, sigma.tolist())]
+    assert worst(ours, theirs) < 1e-5
+    assert torch.equal(ours[5], x[5])  # so small a sigma leaves an image as it is
+
+
+@pytest.mark.parametrize("size, blurred", [(64, 0), (65, 0.5)])
+def test_large_images_are_blurred_half_of_the_time(monkeypatch, size, blurred):
+    seen, inner = [torch.full((300,), 0.01)], common.blur
+    monkeypatch.setattr(common, "blur", lambda x, sigma: seen.append(sigma) or inner(x, sigma))
+    common.image_view(torch.rand(300, 1, size, size))
+    sigma = seen[-1]
+    drawn = sigma[sigma > 0.01]
+    assert abs(len(drawn) / 300 - blurred) < 0.1
+    if blurred:
+        assert 0.1 <= drawn.min() < 0.2 and 1.9 < drawn.max() <= 2
+        assert abs(drawn.mean() - 1.05) < 0.15
+
+
 def test_color_jitter_in_every_order(x):
     factors = torch.empty(N, 3).uniform_(0.6, 1.4)
     shift = torch.empty(N).uniform_(-0.1, 0.1)
@@ -236,3 +263,5 @@ def test_no_view_synchronises():
     x = torch.empty(16, 3, 32, 32, device="meta")
     assert common.image_view(x).shape == (16, 3, 32, 32)
     assert common.padded_crop(x).shape == (16, 3, 32, 32)
+    x = torch.empty(16, 3, 96, 96, device="meta")
+    assert common.image_view(x).shape == (16, 3, 96, 96)
