@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import byol_imix
 import common
@@ -319,7 +318,8 @@ BAD_FLAGS = {
     "--batch-size=1 --lr=0 --lr=nan --lr=inf --weight-decay=-1e-4 --temperature=0 --dim=0 "
     "--temperature=-inf --warmup-epochs=-1 --width=0 --mask=1 --mask=nan --test-share=0 "
     "--test-share=1 --seed=-1 --eval-every=x --linear-epochs=0 --linear-lr=0 "
-    "--linear-batch-size=0 --amp=fp8 --standardize=none --schedule=linear --device=cuda:99 --device=tpu --device=meta --fast",
+    "--linear-batch-size=0 --amp=fp8 --standardize=none --schedule=linear "
+    "--device=cuda:99 --device=tpu --device=meta --fast",
     simclr_imix: "--image-size=0 --train-size=-1 --arch=vgg --mix=inputmix --loss=triplet "
     "--temperature=0 --speech-version=3 --loss=nt-xent --mask=0.1",
     moco_imix: "--queue=0 --ema=1 --ema=nan --mask=1 --head=none --linear-views=0",

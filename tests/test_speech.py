@@ -359,7 +359,7 @@ def test_noise_goes_through_the_same_parts(monkeypatch, powers):
 @pytest.mark.parametrize("cycles, share", [(0, 0.55 + 0.45), (0.25, math.hypot(0.55, 0.45)),
                                            (0.5, 0.55 - 0.45)])
 def test_the_phase_between_clip_and_noise(monkeypatch, powers, cycles, share):
-    """In step their magnitudes add up, a quarter apart their powers, opposite they are taken off."""
+    """In step, magnitudes add up; a quarter apart, powers do; opposite, they are subtracted."""
     x, _ = clip_and_noise()
     fix(monkeypatch, noise=1.0)
     monkeypatch.setattr(torch, "rand_like", lambda m: torch.full_like(m, cycles))
