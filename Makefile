@@ -8,6 +8,7 @@ help:
 	@echo "make demo     N-pair without and with i-Mix on CovType, side by side (minutes on a CPU)"
 	@echo "make test     the tests"
 	@echo "make bench    the benchmarks, on the device at hand"
+	@echo "make study    the runs of the README's table, two at a time (seven hours on two cores)"
 	@echo "make covtype  UCI's Covertype into data/"
 	@echo "make setup    .venv with what requirements.txt lists (the targets above do it where they need it)"
 	@echo "make clean    remove .venv, runs/demo-* and caches; data/ and other runs stay"
@@ -47,10 +48,13 @@ demo: setup
 test: setup
 	$(PY) -m pytest -q tests
 
+study: setup covtype
+	$(PY) tests/study.py
+
 bench: setup
 	for bench in tests/bench_*.py; do $(PY) $$bench || exit 1; done
 
 clean:
 	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__ runs/demo-alpha0 runs/demo-alpha2 data/.covtype
 
-.PHONY: help setup covtype demo test bench clean
+.PHONY: help setup covtype demo test study bench clean

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 import torchvision.transforms as v1
-from torch import nn
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -37,6 +36,13 @@ def in_workers(data, n):
     """A DataLoader with a worker a core, as one would have it on a training machine."""
     return torch.utils.data.DataLoader(data, n, shuffle=True, drop_last=True, num_workers=CORES,
                                        persistent_workers=True)
+
+
+def smooth_images(n):
+    """uint8 images (n, 3, 32, 32) of smooth shapes: hue, crop and contrast have something to do."""
+    images = torch.rand(n, 3, 6, 6)
+    images = F.interpolate(images, size=32, mode="bicubic").clamp(0, 1)
+    return images.mul(255).byte()
 
 
 class TwoImageViews(torch.utils.data.Dataset):
@@ -62,7 +68,7 @@ class TwoClipViews(torch.utils.data.Dataset):
         speeds = [0.84, 0.88, 0.92, 0.96, 1.04, 1.08, 1.12, 1.16, 1.2]
         self.clips, self.noise = clips, noise
         self.speed = t.SpeedPerturbation(16000, speeds)
-        self.spectrogram = t.Spectrogram(2048, hop_length=512, power=None, pad_mode="constant")
+        self.spectrogram = t.Spectrogram(2048, hop_length=512, power=None)
         self.stretch = t.TimeStretch(512, 1025)
         self.mel = t.MelScale(32, 16000, 0, 8000, 1025, "slaney", "slaney")
         self.decibel = t.AmplitudeToDB("power", top_db=80)
@@ -73,7 +79,7 @@ class TwoClipViews(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return self.view(self.clips[i] / 32768), self.view(self.clips[i] / 32768)
 
-    def view(self, x):
+    def distorted(self, x):
         if random.random() < 0.5:
             x = x * random.uniform(0.7, 1.1)
         if random.random() < 0.5:
@@ -82,12 +88,16 @@ class TwoClipViews(torch.utils.data.Dataset):
         s = self.spectrogram(x)
         if random.random() < 0.5:
             s = self.stretch(s, random.uniform(0.8, 1.2))
+        frames = s.shape[1]
         shift = random.randint(-8, 8) if random.random() < 0.5 else 0
-        s = F.pad(s, [max(0, -shift), 40])[:, max(0, shift):][:, :32]
+        s = F.pad(s, [max(0, -shift), max(0, shift)])[:, max(0, shift):][:, :frames]
+        return F.pad(s, [0, 32])[:, :32]
+
+    def view(self, x):
+        s = self.distorted(x)
         if random.random() < 0.5:
             start, share = random.randrange(len(self.noise) - 16000), random.uniform(0, 0.45)
-            noise = self.spectrogram(self.noise[start : start + 16000])
-            s = s * (1 - share) + share * noise
+            s = s * (1 - share) + share * self.distorted(self.noise[start : start + 16000])
         level = self.decibel(self.mel(s.abs().square())[None])
         return level - level.max()
 
@@ -116,10 +126,7 @@ def main():
     flags = parser.parse_args()
     n = flags.batch_size
     torch.manual_seed(0)
-    # Images of smooth shapes, so that hue, crop and contrast have something to do.
-    images = torch.rand(max(8, CORES) * n, 3, 6, 6)
-    images = nn.functional.interpolate(images, size=32, mode="bicubic").clamp(0, 1)
-    images = images.mul(255).byte()
+    images = smooth_images(max(8, CORES) * n)
     resident = images.to(DEVICE)
     mean, std = (torch.tensor(values, device=DEVICE)[:, None, None] for values in (MEAN, STD))
 
@@ -155,7 +162,7 @@ def main():
 
     clips = torch.randint(-9000, 9000, (max(2, CORES) * n, 16000), dtype=torch.int16)
     noise = torch.randn(20, 16000) / 9
-    resident, resident_noise = clips.to(DEVICE), common.stft(noise.to(DEVICE))
+    resident, resident_noise = clips.to(DEVICE), noise.to(DEVICE)
     ours = common.TwoViews(resident, lambda x: common.speech_view(x / 32768, resident_noise), n)
     others = in_workers(TwoClipViews(clips, noise.flatten()), n)
     compare(f"clips of a second, batch {n}", {"ours": ours, "torchaudio": others}, len(clips),

@@ -11,6 +11,7 @@ stopped goes on. tests/study.csv keeps a line of every finished run, tests/pictu
 import argparse
 import csv
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -63,6 +64,9 @@ STUDY = [
     Row("N-pair", 8, 150, 3, flags="--mask 0"),
     Row("MoCo", 8, 150, 3, flags="--mask 0"),
     Row("BYOL", 8, 150, 3, flags="--mask 0"),
+    Row("N-pair", 8, 150, 3),
+    Row("MoCo", 8, 150, 3),
+    Row("BYOL", 8, 150, 3),
 ]
 
 
@@ -143,16 +147,25 @@ def mean(values):
     return text
 
 
+def pairs(row, accuracy):
+    """The accuracies without and with i-Mix of each of a row's seeds that has both."""
+    seeds = [[accuracy.get(run) for run in row.runs(seed)] for seed in range(row.seeds)]
+    return [seed for seed in seeds if None not in seed]
+
+
+def gains(row, accuracy):
+    """What i-Mix gains, in points, of each seed."""
+    return [100 * (with_imix - without) for without, with_imix in pairs(row, accuracy)]
+
+
 def table(accuracy):
-    """The README's table, of {run: test accuracy}: rows with the seeds of which both runs are."""
+    """The README's table, of {run: test accuracy}."""
     lines = ["| method | w | epochs | seeds | without i-Mix | with i-Mix | gain |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in STUDY:
-        pairs = [[accuracy.get(run) for run in row.runs(seed)] for seed in range(row.seeds)]
-        pairs = [pair for pair in pairs if None not in pair]
-        if not pairs:
+        if not pairs(row, accuracy):
             continue
-        without, with_imix = zip(*pairs)
+        without, with_imix = zip(*pairs(row, accuracy))
         method = row.method
         if row.flags:
             method += f", `{row.flags}`"
@@ -160,10 +173,79 @@ def table(accuracy):
             method += f", `{row.without}` without i-Mix"
         if row.with_imix:
             method += f", `{row.with_imix}` with i-Mix"
-        gain = 100 * (statistics.mean(with_imix) - statistics.mean(without))
-        lines.append(f"| {method} | {row.width} | {row.epochs} | {len(pairs)} | {mean(without)} | "
-                     f"{mean(with_imix)} | {gain:+.1f} |")
+        gain = statistics.mean(gains(row, accuracy))
+        lines.append(f"| {method} | {row.width} | {row.epochs} | {len(without)} | {mean(without)} "
+                     f"| {mean(with_imix)} | {gain:+.1f} |")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- pictures
+def pictures(accuracy):
+    """Write gain.svg, of the recipe at w = 8 by epochs, and loss.svg, of its longest runs."""
+    panels, gain = [], {}
+    for method in SCRIPTS:
+        rows = [row for row in STUDY if row.method == method and row.width == 8 and
+                not (row.flags or row.without or row.with_imix) and pairs(row, accuracy)]
+        rows.sort(key=lambda row: row.epochs)
+        if not rows:
+            continue
+        gain[method] = [(row.epochs, statistics.mean(gains(row, accuracy))) for row in rows]
+        logs = [folder(run) / "log.csv" for run in rows[-1].runs(0)]
+        if all(log.exists() for log in logs):
+            logs = [csv.DictReader(log.read_text().splitlines()) for log in logs]
+            curves = [[(int(line["epoch"]), float(line["loss"])) for line in log] for log in logs]
+            panels.append((f"{method}: loss", dict(zip(["without i-Mix", "with i-Mix"], curves))))
+    PICTURES.mkdir(exist_ok=True)
+    for name, content in (("gain", [("points that i-Mix gains", gain)]), ("loss", panels)):
+        if all(curves for _, curves in content) and content:
+            (PICTURES / f"{name}.svg").write_text(svg(content))
+
+
+def svg(panels):
+    """Line plots over epochs, side by side, of panels (title, {label: [(x, y), ...]})."""
+    colours, width, height = ["#888888", "#d62728", "#1f77b4"], 300, 220  # of a panel, in pixels
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * len(panels)}" '
+             f'height="{height}" font-family="sans-serif" font-size="11">',
+             '<rect width="100%" height="100%" fill="white"/>']
+    for panel, (title, curves) in enumerate(panels):
+        x_ticks = ticks([0] + [x for points in curves.values() for x, _ in points])
+        y_ticks = ticks([y for points in curves.values() for _, y in points])
+        left, right, top, bottom = 45, width - 15, 25, height - 35
+
+        def at(x, y):
+            across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+            up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+            return (round(left + across * (right - left), 1),
+                    round(bottom - up * (bottom - top), 1))
+
+        parts.append(f'<g transform="translate({panel * width})">'
+                     f'<text x="{left}" y="15" font-weight="bold">{title}</text>'
+                     f'<text x="{right}" y="{height - 5}" text-anchor="end">epoch</text>')
+        for tick in y_ticks:
+            y = at(x_ticks[0], tick)[1]
+            parts.append(f'<path d="M{left} {y}H{right}" stroke="#ddd"/>'
+                         f'<text x="{left - 5}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
+        for tick in x_ticks:
+            x = at(tick, y_ticks[0])[0]
+            parts.append(f'<text x="{x}" y="{bottom + 15}" text-anchor="middle">{tick:g}</text>')
+        for number, ((label, points), colour) in enumerate(zip(curves.items(), colours)):
+            line = " ".join(f"{x},{y}" for x, y in (at(*point) for point in points))
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" '
+                         f'stroke-width="1.5"/><text x="{right}" y="{top + 14 * (number + 1)}" '
+                         f'text-anchor="end" fill="{colour}">{label}</text>')
+        parts.append("</g>")
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def ticks(values):
+    """Four to eight round numbers around values."""
+    low, high = min(values), max(values)
+    if low == high:
+        high += 1
+    unit = 10 ** math.floor(math.log10((high - low) / 4))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if (high - low) / (unit * factor) <= 5)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(k * step, 10) for k in range(first, last + 1)]
 
 
 def main():
@@ -172,7 +254,9 @@ def main():
     only = parser.parse_args().only
     runs = [run for run in all_runs() if not (folder(run) / "result.json").exists()]
     work([run for run in runs if only is None or f"--epochs {only} " in run])
-    print(table(record()))
+    accuracy = record()
+    pictures(accuracy)
+    print(table(accuracy))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""The study: the README's table is what the recorded runs give; runs are skipped and go on."""
+
+import csv
+import subprocess
+import xml.etree.ElementTree
+
+import study
+
+README = (study.ROOT / "README.md").read_text()
+
+
+def recorded():
+    return list(csv.DictReader(study.RECORD.read_text().splitlines()))
+
+
+def test_the_readmes_table_is_what_the_recorded_runs_give():
+    accuracy = {row["run"]: float(row["test_accuracy"]) for row in recorded()}
+    assert study.table(accuracy) in README
+
+
+def test_the_record_holds_runs_of_the_study_alone():
+    runs = [row["run"] for row in recorded()]
+    assert runs and set(runs) <= set(study.all_runs()) and len(runs) == len(set(runs))
+    for row in recorded():
+        assert 1 / 7 < float(row["test_accuracy"]) < float(row["train_accuracy"]) < 1
+
+
+def test_table_by_hand(monkeypatch):
+    """Means and deviations of the seeds of which both runs are there."""
+    rows = [study.Row("N-pair", 8, 40, 3), study.Row("MoCo", 8, 40, 1, without="--n-plus-k"),
+            study.Row("BYOL", 8, 40, 2)]
+    monkeypatch.setattr(study, "STUDY", rows)
+    accuracy = {
+        "npair_tabular.py --width 8 --epochs 40 --alpha 0 --seed 0": 0.50,
+        "npair_tabular.py --width 8 --epochs 40 --alpha 0 --seed 1": 0.52,
+        "npair_tabular.py --width 8 --epochs 40 --alpha 0 --seed 2": 0.9,
+        "npair_tabular.py --width 8 --epochs 40 --seed 0": 0.61,
+        "npair_tabular.py --width 8 --epochs 40 --seed 1": 0.61,
+        "moco_imix.py --dataset covtype --width 8 --epochs 40 --alpha 0 --n-plus-k --seed 0": 0.6,
+        "moco_imix.py --dataset covtype --width 8 --epochs 40 --seed 0": 0.5875,
+        "byol_imix.py --dataset covtype --width 8 --epochs 40 --seed 0": 0.7}
+    assert set(accuracy) <= set(study.all_runs())
+    assert study.table(accuracy).splitlines()[2:] == [
+        "| N-pair | 8 | 40 | 2 | 51.0 +- 1.4 | 61.0 +- 0.0 | +10.0 |",
+        "| MoCo, `--n-plus-k` without i-Mix | 8 | 40 | 1 | 60.0 | 58.8 | -1.2 |"]
+
+
+def test_a_picture_by_hand():
+    picture = study.svg([("loss", {"one": [(1, 2.0), (2, 4.0)], "two": [(1, 3.0), (2, 3.0)]})])
+    root = xml.etree.ElementTree.fromstring(picture)
+    lines = [line.get("points") for line in root.iter() if line.tag.endswith("polyline")]
+    texts = [text.text for text in root.iter() if text.tag.endswith("text")]
+    # Ticks 0, 0.5, ... 2 from 45 to 285 pixels across; 2, 2.5, ... 4 from 185 up to 25.
+    assert lines == ["165.0,185.0 285.0,25.0", "165.0,105.0 285.0,105.0"]
+    assert {"loss", "one", "two", "epoch", "0", "2", "2.5", "4"} <= set(texts)
+
+
+def test_finished_runs_are_skipped_and_stopped_ones_go_on(monkeypatch, tmp_path, capfd):
+    small = "npair_tabular.py --dataset digits --batch-size 128 --linear-epochs 2 --device cpu"
+    monkeypatch.setattr(study, "SCRIPTS", {"N-pair": small})
+    monkeypatch.setattr(study, "STUDY", [study.Row("N-pair", 8, 2, 1)])
+    monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(study, "RECORD", tmp_path / "study.csv")
+    monkeypatch.setattr(study, "PICTURES", tmp_path / "pictures")
+    monkeypatch.setattr("sys.argv", ["study.py"])
+    study.main()
+    shown = capfd.readouterr().out
+    assert shown.count("left") == 2 and "| N-pair | 8 | 2 | 1 |" in shown
+    assert len(recorded()) == 2 and {row["date"] for row in recorded()} != {""}
+    names = {path.name for path in study.PICTURES.iterdir()}
+    assert names == {"loss.svg", "gain.svg"}
+
+    without, _ = study.all_runs()
+    (study.folder(without) / "result.json").unlink()
+    called, inner = [], subprocess.call
+    monkeypatch.setattr(subprocess, "call", lambda command, **rest: called.append(command) or
+                        inner(command, **rest))
+    first = recorded()
+    study.main()
+    assert len(called) == 1 and study.folder(without) in called[0]
+    assert recorded() == first
+    study.main()
+    assert len(called) == 1
+
+
+def test_a_run_that_fails_is_named(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(study, "SCRIPTS", {"N-pair": "npair_tabular.py --dataset none.csv"})
+    monkeypatch.setattr(study, "STUDY", [study.Row("N-pair", 1, 2, 1)])
+    monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(study, "RECORD", tmp_path / "study.csv")
+    study.work(study.all_runs())
+    shown = capfd.readouterr().out
+    assert shown.count("ended with 2") == 2 and str(tmp_path / "runs") in shown
