@@ -237,7 +237,7 @@ class Args:
                 raise ValueError(f"--{name} {value}: not one of {', '.join(choices)}")
 
 
-RECIPES = {  # what differs from Args, by domain and flags; a later row goes before an earlier
+RECIPES = {  # what differs from Args by domain and flags; of two rows the later holds
     "speech": {"epochs": 500, "schedule": "step", "warmup_epochs": 5},
     "table": {"alpha": 2.0, "epochs": 500, "warmup_epochs": 5, "batch_size": 512, "mask": 0.0,
               "linear_batch_size": 512},
@@ -369,7 +369,7 @@ def pretrain(encoder, head, predictor, loader, args, out=None, evaluate=None):
             optimizer.param_groups[0]["lr"] = lr
             n = N // world
             rows = slice(rank * n, (rank + 1) * n)  # of the batch's, those that this process embeds
-            if args.inputmix:
+            if args.inputmix:  # before anything else, and without touching the labels
                 x, x_tilde = inputmix(x, alpha=1.0), inputmix(x_tilde, alpha=1.0)
 
             loss = 0
@@ -475,10 +475,11 @@ def begin_run(out, config):
         save(json.dumps(config, indent=2) + "\n", path)
         return
     was = json.loads(path.read_text())
-    may_change = "data_dir device compile out resume eval_every torch linear_epochs " \
-                 "linear_lr linear_batch_size linear_views".split()
+    may_change = "data_dir device compile out resume eval_every torch".split()
     for name in config:
-        if name not in may_change and was.get(name) != config[name]:
+        if name in may_change or name.startswith("linear_"):
+            continue
+        if was.get(name) != config[name]:
             fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, "
                  "or take another --out")
 

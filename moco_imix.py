@@ -4,13 +4,20 @@ Domain-Agnostic Strategy for Contrastive Representation Learning", ICLR 2021,
 https://arxiv.org/abs/2010.08887
 
     python moco_imix.py                                         # CIFAR-10, MoCo + i-Mix
-    python moco_imix.py --alpha 0                               # without i-Mix
+    python moco_imix.py --alpha 0                               # MoCo's own loss, without i-Mix
     python moco_imix.py --dataset covtype --width 8             # half an hour on a CPU: 63.0 %
     python moco_imix.py --dataset covtype --width 8 --alpha 0   # 59.4 % (1 seed; README.md)
     python moco_imix.py --dataset speech_commands               # speech, its recipe
     python moco_imix.py --dataset my_images --arch resnet18     # your own: CLASS/* or WORD/*.wav
     python moco_imix.py --dataset my.csv --label-column kind    # your own table
     torchrun --nproc_per_node=4 moco_imix.py                    # four GPUs, the same batch of N
+
+MoCo's recipes for ImageNet, v2 and then v1, on a folder of large images:
+
+    python moco_imix.py --dataset my_images --image-size 224 --alpha 0 --epochs 200 --lr 0.03 \
+        --warmup-epochs 0 --queue 65536
+    python moco_imix.py --dataset my_images --image-size 224 --alpha 0 --epochs 200 --lr 0.03 \
+        --warmup-epochs 0 --queue 65536 --head linear --temperature 0.07 --schedule step
 
 One step, in the paper's symbols:
 
@@ -250,7 +257,7 @@ class Args:
                 raise ValueError(f"--{name} {value}: not one of {', '.join(choices)}")
 
 
-RECIPES = {  # what differs from Args, by domain and flags; a later row goes before an earlier
+RECIPES = {  # what differs from Args by domain and flags; of two rows the later holds
     "speech": {"temperature": 0.5, "epochs": 500, "schedule": "step", "warmup_epochs": 5},
     "speech --no-augment": {"temperature": 0.2},
     "table": {"alpha": 2.0, "temperature": 0.1, "epochs": 500, "warmup_epochs": 5,
@@ -383,7 +390,7 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
             optimizer.param_groups[0]["lr"] = lr
             n = N // world
             rows = slice(rank * n, (rank + 1) * n)  # of the batch's, those that this process embeds
-            if args.inputmix:
+            if args.inputmix:  # before anything else, and without touching the labels
                 x, x_tilde = inputmix(x, alpha=1.0), inputmix(x_tilde, alpha=1.0)
 
             # i-Mix: the anchors are mixed, never the views that they are compared with.
@@ -493,10 +500,11 @@ def begin_run(out, config):
         save(json.dumps(config, indent=2) + "\n", path)
         return
     was = json.loads(path.read_text())
-    may_change = "data_dir device compile out resume eval_every torch linear_epochs " \
-                 "linear_lr linear_batch_size linear_views".split()
+    may_change = "data_dir device compile out resume eval_every torch".split()
     for name in config:
-        if name not in may_change and was.get(name) != config[name]:
+        if name in may_change or name.startswith("linear_"):
+            continue
+        if was.get(name) != config[name]:
             fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, "
                  "or take another --out")
 

@@ -345,10 +345,11 @@ def begin_run(out, config):
         save(json.dumps(config, indent=2) + "\n", path)
         return
     was = json.loads(path.read_text())
-    may_change = "data_dir device compile out resume eval_every torch linear_epochs " \
-                 "linear_lr linear_batch_size linear_views".split()
+    may_change = "data_dir device compile out resume eval_every torch".split()
     for name in config:
-        if name not in may_change and was.get(name) != config[name]:
+        if name in may_change or name.startswith("linear_"):
+            continue
+        if was.get(name) != config[name]:
             fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, "
                  "or take another --out")
 

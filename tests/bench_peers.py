@@ -151,8 +151,8 @@ def main():
     on_card = DEVICE.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--batch-size", type=int, default=256 if on_card else 128)
-    parser.add_argument("--steps", type=int, default=195 if on_card else 3, help="an epoch")
-    parser.add_argument("--epochs", type=int, default=3, help="at least 2")
+    parser.add_argument("--steps", type=int, default=195 if on_card else 2, help="an epoch")
+    parser.add_argument("--epochs", type=int, default=3 if on_card else 2, help="2 or more")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--start", type=float, help=argparse.SUPPRESS)
