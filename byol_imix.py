@@ -66,7 +66,7 @@ def cutmix(x, alpha):
     """CutMix: paste a box of a random partner into each image; one box serves the batch.
 
     x: (N, C, H, W) float; alpha > 0. Returns x_mix, perm, lam as mixup does; lam is the share of
-    pixels that x_i really keeps.
+    pixels that x_i really keeps. The box has an even number of pixels a side, as published.
     """
     concentration = torch.full((1,), float(alpha), device=x.device)
     beta = torch.distributions.Beta(concentration, concentration, validate_args=False)
@@ -186,17 +186,17 @@ def flag(default, help, low=-math.inf, below=math.inf, choices=None):
 
 @dataclass
 class Args:
-    """The recipe published for CIFAR; each field is a flag. pretrain() reads those up to seed."""
+    """The recipe of images, for others see RECIPES; a field is a flag; pretrain() reads to seed."""
 
     alpha: float = flag(1.0, "lambda ~ Beta(alpha, alpha); 0: without i-Mix", 0, 1e6)
-    mix: str = flag("mixup", "how i-Mix mixes; cutmix: images", choices=["mixup", "cutmix"])
+    mix: str = flag("mixup", "how i-Mix mixes; cutmix: not tables", choices=["mixup", "cutmix"])
     ema: float = flag(0.999, "m: theta_EMA <- m theta_EMA + (1 - m) theta", 0, 1)
     symmetric: bool = flag(False, "both views are anchors in turn, and the loss is their mean")
     inputmix: bool = flag(False, "InputMix on both views, for --no-augment")
     epochs: int = flag(1000, "epochs of pre-training", 1, 1e6)
     lr: float = flag(0.125, "learning rate per 256 examples", 1e-12)
     schedule: str = flag("cosine", "decay of the learning rate", choices=["cosine", "step"])
-    warmup_epochs: int = flag(10, "at most a quarter of --epochs", 0, 1e6)
+    warmup_epochs: int = flag(None, "at most a quarter of --epochs; 5 up to 500, else 10", 0, 1e6)
     weight_decay: float = flag(1e-4, "weight decay of SGD", 0)
     amp: str = flag("auto", "auto: bf16 or fp16 on CUDA", choices=["auto", "bf16", "fp16", "off"])
     compile: bool = flag(False, "torch.compile the networks")
@@ -228,6 +228,8 @@ class Args:
     resume: bool = flag(False, "go on with the run in the run folder, if there is one")
 
     def __post_init__(self):
+        if self.warmup_epochs is None:
+            self.warmup_epochs = 5 if self.epochs <= 500 else 10
         for f in fields(self):
             name, value = f.name.replace("_", "-"), getattr(self, f.name)
             low, below, choices = (f.metadata[key] for key in ("low", "below", "choices"))
@@ -237,15 +239,15 @@ class Args:
                 raise ValueError(f"--{name} {value}: not one of {', '.join(choices)}")
 
 
-RECIPES = {  # what differs from Args by domain and flags; of two rows the later holds
-    "speech": {"epochs": 500, "schedule": "step", "warmup_epochs": 5},
-    "table": {"alpha": 2.0, "epochs": 500, "warmup_epochs": 5, "batch_size": 512, "mask": 0.0,
+RECIPES = {  # what differs from Args, by domain and flags; where two rows fit, the later holds
+    "speech": {"epochs": 500, "schedule": "step"},
+    "table": {"alpha": 2.0, "epochs": 500, "batch_size": 512, "mask": 0.0,
               "linear_batch_size": 512},
-    "table --alpha 0": {"mask": 0.2},
+    "table, --alpha 0": {"mask": 0.2},
     "--dataset cifar10": {"epochs": 2000},
+    "--dataset cifar10, --alpha 0": {"epochs": 1000},
     "--dataset cifar100": {"epochs": 4000},
-    "--dataset cifar10 --alpha 0": {"epochs": 1000},
-    "--dataset cifar100 --alpha 0": {"epochs": 1000},
+    "--dataset cifar100, --alpha 0": {"epochs": 1000},
 }
 
 
@@ -253,7 +255,7 @@ RECIPES = {  # what differs from Args by domain and flags; of two rows the later
 def learning_rate(step, steps, args):
     """Per 256 examples, at step 0, 1, ... of the run, with so many steps an epoch.
 
-    Linear warm-up, then cosine decay, or, for speech, x 0.1 after 60 % and after 80 % of the run.
+    Linear warm-up, then cosine decay, or by steps, x 0.1 after 60 % and after 80 % of the run.
     """
     warmup = min(args.warmup_epochs, args.epochs // 4) * steps
     total = args.epochs * steps
@@ -453,12 +455,13 @@ def parse_args(argv, find_domain):
     try:
         dataset = given.get("dataset", Args.dataset)
         domain = find_domain(dataset, ["image", "speech", "table"])
-        cases = [domain, f"--dataset {dataset}"]
+        active = {domain, f"--dataset {dataset}"}
         if given.get("alpha") == 0:
-            cases += [f"{case} --alpha 0" for case in cases]
+            active.add("--alpha 0")
         recipe = {}
-        for case in cases:
-            recipe |= RECIPES.get(case, {})
+        for case, row in RECIPES.items():
+            if active.issuperset(case.split(", ")):
+                recipe |= row
         args = Args(**recipe | given)
         if domain == "table" and args.mix == "cutmix":
             raise ValueError("--mix cutmix pastes boxes into images: take mixup for a table")

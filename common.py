@@ -155,11 +155,12 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0, view
     N(0, 0.01^2). The published batch_size is 256 for images and speech and 512 for tables, lr 10
     for both; fewer training examples are one batch, and lr shrinks with it. BatchNorm is in eval
     mode, everything in float32. The training features are cached; where they are of random views
-    (images), these are drawn anew so many times, up to once an epoch, and train_accuracy is of the
-    last. Afterwards the encoder, its modes and the random number generators are as before. Returns
+    (images), they are drawn `views` times, up to once an epoch, and train_accuracy is of the last.
+    Afterwards the encoder, its modes and the random number generators are as before. Returns
     {"test_accuracy", "train_accuracy" (both in [0, 1]), "protocol", "seconds"}.
     """
     start, device = time.monotonic(), data.x_train.device
+    views = min(views, epochs)
     if len(data.x_train) < batch_size:
         batch_size, lr = len(data.x_train), lr * len(data.x_train) / batch_size
     modes = [module.training for module in encoder.modules()]
@@ -172,7 +173,7 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0, view
         nn.init.zeros_(classifier.bias)
         optimizer = torch.optim.SGD(classifier.parameters(), momentum=0.9, fused=True)
         for epoch in range(epochs):
-            if data.eval_view and epoch and epoch % math.ceil(epochs / views) == 0:
+            if data.eval_view and epoch and epoch * views % epochs < views:
                 features = encode(encoder, data)
             drops = sum(epoch >= share * epochs for share in (0.8, 0.9, 0.95))
             optimizer.param_groups[0]["lr"] = lr * 0.2**drops
@@ -194,7 +195,7 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0, view
     protocol = (f"linear classifier on frozen features: SGD, momentum 0.9, lr {lr:g}, batch "
                 f"{batch_size}, {epochs} epochs, x 0.2 after 80, 90 and 95 %")
     if data.eval_view:
-        protocol += f", views drawn {min(views, epochs)} times"
+        protocol += f", views drawn {views} times"
     return {"test_accuracy": int(test_correct) / len(data.y_test),
             "train_accuracy": int(train_correct) / len(data.y_train),
             "protocol": protocol, "seconds": round(time.monotonic() - start, 1)}
@@ -495,8 +496,8 @@ def image_view(x):
     """A random view of each image, SimCLR's: (N, C, H, H) in [0, 1] -> the same.
 
     RandomResizedCrop(scale 0.2 to 1), with probability 0.8 ColorJitter(0.4, 0.4, 0.4, 0.1),
-    grayscale with probability 0.2, horizontal flip, and for images of more than 64 pixels, with
-    probability 0.5, a blur; for one channel no colours and no flip. Distributions are
+    grayscale with probability 0.2, horizontal flip; for one channel the crop, brightness and
+    contrast. Images of more than 64 pixels are blurred with probability 0.5. Distributions are
     torchvision's.
     """
     n, channels, size, device = len(x), x.shape[1], x.shape[2], x.device
@@ -511,7 +512,7 @@ def image_view(x):
     if channels == 3:
         x = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.2, grayscale(x), x)
     if size > 64:
-        x = blur(x, draw(n, 0.1, 2.0, 0.01, device))  # at 0.01 an image stays as it is
+        x = blur(x, draw(n, 0.1, 2.0, 0.01, device))  # 0.01 pixels leave an image as it is
     return x
 
 
@@ -846,6 +847,7 @@ def speech_view(x, noise):
     share = draw(n, 0, 0.45, 0.0, device)[:, None, None]
     clip, noise = distort(x).mul_(1 - share), noise.mul_(share)
     cosine = torch.rand_like(clip).mul_(2 * math.pi).cos_()  # of the phase between them
+    # |a + b|^2 = |a|^2 + |b|^2 + 2 |a| |b| cos
     power = clip.square() + noise.square() + cosine.mul_(2).mul_(clip).mul_(noise)
     return log_mel(power.clamp_(min=0))
 

@@ -12,12 +12,12 @@ https://arxiv.org/abs/2010.08887
     python moco_imix.py --dataset my.csv --label-column kind    # your own table
     torchrun --nproc_per_node=4 moco_imix.py                    # four GPUs, the same batch of N
 
-MoCo's recipes for ImageNet, v2 and then v1, on a folder of large images:
+MoCo v2's recipe for ImageNet, on a folder of large images; the second line makes it v1's, but for
+the views, which blur, and the linear evaluation, which is that of CIFAR:
 
     python moco_imix.py --dataset my_images --image-size 224 --alpha 0 --epochs 200 --lr 0.03 \
-        --warmup-epochs 0 --queue 65536
-    python moco_imix.py --dataset my_images --image-size 224 --alpha 0 --epochs 200 --lr 0.03 \
-        --warmup-epochs 0 --queue 65536 --head linear --temperature 0.07 --schedule step
+        --warmup-epochs 0 --queue 65536 --head mlp-no-bn
+        --head linear --temperature 0.07 --schedule step
 
 One step, in the paper's symbols:
 
@@ -67,7 +67,7 @@ def cutmix(x, alpha):
     """CutMix: paste a box of a random partner into each image; one box serves the batch.
 
     x: (N, C, H, W) float; alpha > 0. Returns x_mix, perm, lam as mixup does; lam is the share of
-    pixels that x_i really keeps.
+    pixels that x_i really keeps. The box has an even number of pixels a side, as published.
     """
     concentration = torch.full((1,), float(alpha), device=x.device)
     beta = torch.distributions.Beta(concentration, concentration, validate_args=False)
@@ -203,10 +203,10 @@ def flag(default, help, low=-math.inf, below=math.inf, choices=None):
 
 @dataclass
 class Args:
-    """The recipe published for CIFAR; each field is a flag. pretrain() reads those up to seed."""
+    """The recipe of images, for others see RECIPES; a field is a flag; pretrain() reads to seed."""
 
     alpha: float = flag(1.0, "lambda ~ Beta(alpha, alpha); 0: without i-Mix", 0, 1e6)
-    mix: str = flag("mixup", "how i-Mix mixes; cutmix: images", choices=["mixup", "cutmix"])
+    mix: str = flag("mixup", "how i-Mix mixes; cutmix: not tables", choices=["mixup", "cutmix"])
     ema: float = flag(0.999, "m: theta_EMA <- m theta_EMA + (1 - m) theta", 0, 1)
     queue: int = flag(4096, "K, the keys of earlier batches", 1, 1e8)
     n_plus_k: bool = flag(False, "alpha 0: the loss of N + K classes, not MoCo's own of 1 + K")
@@ -215,7 +215,7 @@ class Args:
     epochs: int = flag(1000, "epochs of pre-training", 1, 1e6)
     lr: float = flag(0.125, "learning rate per 256 examples", 1e-12)
     schedule: str = flag("cosine", "decay of the learning rate", choices=["cosine", "step"])
-    warmup_epochs: int = flag(10, "at most a quarter of --epochs", 0, 1e6)
+    warmup_epochs: int = flag(None, "at most a quarter of --epochs; 5 up to 500, else 10", 0, 1e6)
     weight_decay: float = flag(1e-4, "weight decay of SGD", 0)
     amp: str = flag("auto", "auto: bf16 or fp16 on CUDA", choices=["auto", "bf16", "fp16", "off"])
     compile: bool = flag(False, "torch.compile the networks")
@@ -228,7 +228,8 @@ class Args:
     arch: str = flag("resnet50", "image, speech: encoder",
                      choices=["resnet18", "resnet34", "resnet50"])
     width: int = flag(64, "table: w of the encoder, whose representations are 32 w long", 1, 1e6)
-    head: str = flag("mlp", "linear: MoCo v1's", choices=["mlp", "linear"])
+    head: str = flag("mlp", "mlp-no-bn: MoCo v2's for ImageNet; linear: MoCo v1's",
+                     choices=["mlp", "mlp-no-bn", "linear"])
     dim: int = flag(128, "D, the embeddings' size", 1, 1e6)
     linear_epochs: int = flag(100, "epochs of the linear evaluation", 1, 1e6)
     linear_lr: float = flag(10.0, "its learning rate", 1e-12)
@@ -248,6 +249,8 @@ class Args:
     resume: bool = flag(False, "go on with the run in the run folder, if there is one")
 
     def __post_init__(self):
+        if self.warmup_epochs is None:
+            self.warmup_epochs = 5 if self.epochs <= 500 else 10
         for f in fields(self):
             name, value = f.name.replace("_", "-"), getattr(self, f.name)
             low, below, choices = (f.metadata[key] for key in ("low", "below", "choices"))
@@ -255,18 +258,25 @@ class Args:
                 raise ValueError(f"--{name} {value}: not from {low:g} to below {below:g}")
             if choices and value not in choices:
                 raise ValueError(f"--{name} {value}: not one of {', '.join(choices)}")
+        if self.n_plus_k and self.alpha > 0:
+            raise ValueError("--n-plus-k: i-Mix has N + K classes anyway: leave it out, or give "
+                             "--alpha 0")
 
 
-RECIPES = {  # what differs from Args by domain and flags; of two rows the later holds
-    "speech": {"temperature": 0.5, "epochs": 500, "schedule": "step", "warmup_epochs": 5},
-    "speech --no-augment": {"temperature": 0.2},
-    "table": {"alpha": 2.0, "temperature": 0.1, "epochs": 500, "warmup_epochs": 5,
-              "batch_size": 512, "mask": 0.0, "linear_batch_size": 512},
-    "table --alpha 0": {"mask": 0.2},
+RECIPES = {  # what differs from Args, by domain and flags; where two rows fit, the later holds
+    "speech": {"temperature": 0.5, "epochs": 500, "schedule": "step"},
+    "speech, --no-augment": {"temperature": 0.2},
+    "table": {"alpha": 2.0, "temperature": 0.1, "epochs": 500, "batch_size": 512, "mask": 0.0,
+              "linear_batch_size": 512},
+    "table, --alpha 0": {"mask": 0.2},
     "--dataset cifar10": {"epochs": 4000},
+    "--dataset cifar10, --alpha 0": {"epochs": 1000},
+    "--dataset cifar10, --no-augment": {"epochs": 1000},
+    "--dataset cifar10, --no-augment, --alpha 0": {"epochs": 500},
     "--dataset cifar100": {"epochs": 2000},
-    "--dataset cifar10 --alpha 0": {"epochs": 1000},
-    "--dataset cifar100 --alpha 0": {"epochs": 1000},
+    "--dataset cifar100, --alpha 0": {"epochs": 1000},
+    "--dataset cifar100, --no-augment": {"epochs": 500},
+    "--dataset cifar100, --no-augment, --alpha 0": {"epochs": 1000},
 }
 
 
@@ -274,7 +284,7 @@ RECIPES = {  # what differs from Args by domain and flags; of two rows the later
 def learning_rate(step, steps, args):
     """Per 256 examples, at step 0, 1, ... of the run, with so many steps an epoch.
 
-    Linear warm-up, then cosine decay, or, for speech, x 0.1 after 60 % and after 80 % of the run.
+    Linear warm-up, then cosine decay, or by steps, x 0.1 after 60 % and after 80 % of the run.
     """
     warmup = min(args.warmup_epochs, args.epochs // 4) * steps
     total = args.epochs * steps
@@ -476,14 +486,15 @@ def parse_args(argv, find_domain):
     try:
         dataset = given.get("dataset", Args.dataset)
         domain = find_domain(dataset, ["image", "speech", "table"])
-        cases = [domain, f"--dataset {dataset}"]
+        active = {domain, f"--dataset {dataset}"}
         if given.get("alpha") == 0:
-            cases += [f"{case} --alpha 0" for case in cases]
+            active.add("--alpha 0")
         if given.get("no_augment"):
-            cases += [f"{domain} --no-augment"]
+            active.add("--no-augment")
         recipe = {}
-        for case in cases:
-            recipe |= RECIPES.get(case, {})
+        for case, row in RECIPES.items():
+            if active.issuperset(case.split(", ")):
+                recipe |= row
         args = Args(**recipe | given)
         if domain == "table" and args.mix == "cutmix":
             raise ValueError("--mix cutmix pastes boxes into images: take mixup for a table")
@@ -572,7 +583,9 @@ def main(argv=None):
     head = projection_head(size, args.dim)
     if domain == "image":
         head = head[:-1]  # the recipe of images ends without BatchNorm
-    if args.head == "linear":
+    if args.head == "mlp-no-bn":
+        head = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, args.dim))
+    elif args.head == "linear":
         head = nn.Linear(size, args.dim)
     encoder, head = encoder.to(device), head.to(device)
     view = data.plain if args.no_augment else data.view

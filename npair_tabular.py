@@ -116,7 +116,7 @@ class Args:
     epochs: int = flag(500, "epochs of pre-training", 1, 1e6)
     lr: float = flag(0.125, "learning rate per 256 examples", 1e-12)
     schedule: str = flag("cosine", "decay of the learning rate", choices=["cosine", "step"])
-    warmup_epochs: int = flag(5, "at most a quarter of --epochs", 0, 1e6)
+    warmup_epochs: int = flag(None, "at most a quarter of --epochs; 5 up to 500, else 10", 0, 1e6)
     weight_decay: float = flag(1e-4, "weight decay of SGD", 0)
     amp: str = flag("auto", "auto: bf16 or fp16 on CUDA", choices=["auto", "bf16", "fp16", "off"])
     compile: bool = flag(False, "torch.compile the networks")
@@ -142,6 +142,8 @@ class Args:
     resume: bool = flag(False, "go on with the run in the run folder, if there is one")
 
     def __post_init__(self):
+        if self.warmup_epochs is None:
+            self.warmup_epochs = 5 if self.epochs <= 500 else 10
         for f in fields(self):
             name, value = f.name.replace("_", "-"), getattr(self, f.name)
             low, below, choices = (f.metadata[key] for key in ("low", "below", "choices"))
@@ -155,7 +157,7 @@ class Args:
 def learning_rate(step, steps, args):
     """Per 256 examples, at step 0, 1, ... of the run, with so many steps an epoch.
 
-    Linear warm-up, then cosine decay, or, for speech, x 0.1 after 60 % and after 80 % of the run.
+    Linear warm-up, then cosine decay, or by steps, x 0.1 after 60 % and after 80 % of the run.
     """
     warmup = min(args.warmup_epochs, args.epochs // 4) * steps
     total = args.epochs * steps

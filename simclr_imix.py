@@ -59,7 +59,7 @@ def cutmix(x, alpha):
     """CutMix: paste a box of a random partner into each image; one box serves the batch.
 
     x: (N, C, H, W) float; alpha > 0. Returns x_mix, perm, lam as mixup does; lam is the share of
-    pixels that x_i really keeps.
+    pixels that x_i really keeps. The box has an even number of pixels a side, as published.
     """
     concentration = torch.full((1,), float(alpha), device=x.device)
     beta = torch.distributions.Beta(concentration, concentration, validate_args=False)
@@ -155,7 +155,7 @@ def flag(default, help, low=-math.inf, below=math.inf, choices=None):
 
 @dataclass
 class Args:
-    """The recipe published for CIFAR; each field is a flag. pretrain() reads those up to seed."""
+    """The recipe of images, for others see RECIPES; a field is a flag; pretrain() reads to seed."""
 
     alpha: float = flag(1.0, "lambda ~ Beta(alpha, alpha); 0: without i-Mix", 0, 1e6)
     mix: str = flag("mixup", "how i-Mix mixes", choices=["mixup", "cutmix"])
@@ -165,7 +165,7 @@ class Args:
     epochs: int = flag(1000, "epochs of pre-training", 1, 1e6)
     lr: float = flag(0.125, "learning rate per 256 examples", 1e-12)
     schedule: str = flag("cosine", "decay of the learning rate", choices=["cosine", "step"])
-    warmup_epochs: int = flag(10, "at most a quarter of --epochs", 0, 1e6)
+    warmup_epochs: int = flag(None, "at most a quarter of --epochs; 5 up to 500, else 10", 0, 1e6)
     weight_decay: float = flag(1e-4, "weight decay of SGD", 0)
     amp: str = flag("auto", "auto: bf16 or fp16 on CUDA", choices=["auto", "bf16", "fp16", "off"])
     compile: bool = flag(False, "torch.compile the networks")
@@ -191,6 +191,8 @@ class Args:
     resume: bool = flag(False, "go on with the run in the run folder, if there is one")
 
     def __post_init__(self):
+        if self.warmup_epochs is None:
+            self.warmup_epochs = 5 if self.epochs <= 500 else 10
         for f in fields(self):
             name, value = f.name.replace("_", "-"), getattr(self, f.name)
             low, below, choices = (f.metadata[key] for key in ("low", "below", "choices"))
@@ -203,12 +205,12 @@ class Args:
                              "--loss n-pair")
 
 
-RECIPES = {  # what differs from Args by domain and flags; of two rows the later holds
-    "speech": {"temperature": 0.5, "epochs": 500, "schedule": "step", "warmup_epochs": 5},
+RECIPES = {  # what differs from Args, by domain and flags; where two rows fit, the later holds
+    "speech": {"temperature": 0.5, "epochs": 500, "schedule": "step"},
     "--dataset cifar10": {"epochs": 4000},
-    "--dataset cifar10 --alpha 0": {"epochs": 2000},
+    "--dataset cifar10, --alpha 0": {"epochs": 2000},
     "--dataset cifar100": {"epochs": 2000},
-    "--dataset cifar100 --alpha 0": {"epochs": 4000},
+    "--dataset cifar100, --alpha 0": {"epochs": 4000},
 }
 
 
@@ -216,7 +218,7 @@ RECIPES = {  # what differs from Args by domain and flags; of two rows the later
 def learning_rate(step, steps, args):
     """Per 256 examples, at step 0, 1, ... of the run, with so many steps an epoch.
 
-    Linear warm-up, then cosine decay, or, for speech, x 0.1 after 60 % and after 80 % of the run.
+    Linear warm-up, then cosine decay, or by steps, x 0.1 after 60 % and after 80 % of the run.
     """
     warmup = min(args.warmup_epochs, args.epochs // 4) * steps
     total = args.epochs * steps
@@ -405,12 +407,13 @@ def parse_args(argv, find_domain):
     try:
         dataset = given.get("dataset", Args.dataset)
         domain = find_domain(dataset, ["image", "speech"])
-        cases = [domain, f"--dataset {dataset}"]
+        active = {domain, f"--dataset {dataset}"}
         if given.get("alpha") == 0:
-            cases += [f"{case} --alpha 0" for case in cases]
+            active.add("--alpha 0")
         recipe = {}
-        for case in cases:
-            recipe |= RECIPES.get(case, {})
+        for case, row in RECIPES.items():
+            if active.issuperset(case.split(", ")):
+                recipe |= row
         return Args(**recipe | given), domain
     except ValueError as error:
         fail(error)

@@ -49,10 +49,10 @@ class Timed:
 
     def __iter__(self):
         self.epochs.append(now())
-        for i, batch in enumerate(self.loader):
-            if i == 1 and len(self.epochs) == 1:
-                self.first_step = now()
+        for batch in self.loader:
             yield batch
+            if self.first_step is None:
+                self.first_step = now()
 
 
 def now():
@@ -68,7 +68,7 @@ def networks():
     return simclr.resnet("resnet18", 3, 32), simclr.projection_head(512, 128)
 
 
-def ours(images, n, epochs, amp="auto"):
+def by_ours(images, n, epochs, amp="auto"):
     nets = [net.to(DEVICE, memory_format=torch.channels_last) for net in networks()]
     mean, std = (torch.tensor(values, device=DEVICE)[:, None, None] for values in (MEAN, STD))
     loader = common.TwoViews(images.to(DEVICE),
@@ -79,8 +79,8 @@ def ours(images, n, epochs, amp="auto"):
     return loader
 
 
-def ours_in_float32(images, n, epochs):
-    return ours(images, n, epochs, amp="off")
+def by_ours_in_float32(images, n, epochs):
+    return by_ours(images, n, epochs, amp="off")
 
 
 class Views(torch.utils.data.Dataset):
@@ -96,7 +96,7 @@ class Views(torch.utils.data.Dataset):
         return self.transform(self.images[i])
 
 
-def lightly(images, n, epochs):
+def by_lightly(images, n, epochs):
     from lightly.loss import NTXentLoss
     from lightly.transforms.simclr_transform import SimCLRTransform
     model = nn.Sequential(*networks()).to(DEVICE)
@@ -113,7 +113,7 @@ def lightly(images, n, epochs):
     return loader
 
 
-def plain(images, n, epochs):
+def by_plain_loop(images, n, epochs):
     model = nn.Sequential(*networks()).to(DEVICE)
     loader = Timed(in_workers(TwoImageViews(as_pil(images), v1.ToTensor(), v1), n))
     optimizer = torch.optim.SGD(model.parameters(), 0.125, momentum=0.9, weight_decay=1e-4)
@@ -131,9 +131,9 @@ def as_pil(images):
     return [v1.functional.to_pil_image(image) for image in images]
 
 
-CASES = {"ours": ours, "lightly": lightly, "plain": plain}
+CASES = {"ours": by_ours, "lightly": by_lightly, "plain": by_plain_loop}
 if DEVICE.type == "cuda":
-    CASES["ours, float32"] = ours_in_float32
+    CASES["ours, float32"] = by_ours_in_float32
 
 
 def measure(name, start, n, steps, epochs):

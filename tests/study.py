@@ -62,8 +62,8 @@ STUDY = [
     Row("BYOL", 8, 500, 2),
     Row("N-pair", 16, 150, 3),
     Row("N-pair", 8, 150, 3, flags="--mask 0"),
-    Row("MoCo", 8, 150, 3, flags="--mask 0"),
-    Row("BYOL", 8, 150, 3, flags="--mask 0"),
+    Row("MoCo", 8, 150, 3, without="--mask 0"),  # with i-Mix that is the recipe
+    Row("BYOL", 8, 150, 3, without="--mask 0"),
     Row("N-pair", 8, 150, 3),
     Row("MoCo", 8, 150, 3),
     Row("BYOL", 8, 150, 3),

@@ -176,7 +176,7 @@ def test_linear_eval_of_few_examples_shrinks_batch_and_learning_rate():
     assert "lr 2.5, batch 600" in results[0]["protocol"]
 
 
-@pytest.mark.parametrize("views, times", [(5, 5), (1, 1), (10, 10), (100, 10)])
+@pytest.mark.parametrize("views, times", [(5, 5), (1, 1), (7, 7), (10, 10), (100, 10)])
 def test_linear_eval_draws_the_training_views_anew(views, times):
     data = answerable()
     drawn = []

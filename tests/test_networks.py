@@ -97,6 +97,7 @@ TABLE_PREDICTOR = [*linear(128, 64), *batch_norm(64), *linear(64, 128), *batch_n
     (moco, "table", [], [TABLE_HEAD]),
     (moco, "image", ["--head", "linear"], [linear(512, 128)]),
     (moco, "table", ["--head", "linear"], [linear(64, 128)]),
+    (moco, "image", ["--head", "mlp-no-bn"], [linear(512, 512) + linear(512, 128)]),
     (byol, "image", [], [HEAD, PREDICTOR]),
     (byol, "speech", [], [HEAD + batch_norm(128), PREDICTOR]),
     (byol, "table", [], [TABLE_HEAD, TABLE_PREDICTOR])])

@@ -173,11 +173,26 @@ def test_recipes_follow_the_data_set():
 @pytest.mark.parametrize("script, dataset, without, with_imix", [
     (simclr_imix, "cifar10", 2000, 4000), (simclr_imix, "cifar100", 4000, 2000),
     (moco_imix, "cifar10", 1000, 4000), (moco_imix, "cifar100", 1000, 2000),
+    (moco_imix, "cifar10 --no-augment", 500, 1000), (moco_imix, "cifar100 --no-augment", 1000, 500),
     (byol_imix, "cifar10", 1000, 2000), (byol_imix, "cifar100", 1000, 4000)])
 def test_epochs_of_images_are_those_published(script, dataset, without, with_imix):
-    assert args_of(script, "--dataset", dataset).epochs == with_imix
-    assert args_of(script, "--dataset", dataset, "--alpha", "0").epochs == without
-    assert args_of(script, "--dataset", dataset, "--alpha", "0", "--epochs", "3").epochs == 3
+    flags = ["--dataset", *dataset.split()]
+    assert args_of(script, *flags).epochs == with_imix
+    assert args_of(script, *flags, "--alpha", "0").epochs == without
+    assert args_of(script, *flags, "--alpha", "0", "--epochs", "3").epochs == 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_warm_up_is_5_epochs_up_to_500_else_10(script):
+    for epochs, warmup in ((40, 5), (500, 5), (501, 10), (4000, 10)):
+        assert args_of(script, "--epochs", str(epochs)).warmup_epochs == warmup
+    assert args_of(script, "--epochs", "40", "--warmup-epochs", "7").warmup_epochs == 7
+
+
+def test_a_folder_called_as_a_recipe_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "table")
+    assert args_of(moco_imix, "--dataset", "table") == moco_imix.Args(dataset="table")
 
 
 FLAGS = ("--alpha 0.7 --epochs 7 --lr 0.5 --weight-decay 0.01 --warmup-epochs 1 --amp bf16 "
@@ -185,7 +200,7 @@ FLAGS = ("--alpha 0.7 --epochs 7 --lr 0.5 --weight-decay 0.01 --warmup-epochs 1 
          "--linear-batch-size 30 --dim 32 --no-augment").split()
 OWN = {npair_tabular: "--temperature 0.3 --mask 0.3",
        simclr_imix: "--temperature 0.3 --mix cutmix --schedule step --inputmix --linear-views 7",
-       moco_imix: "--temperature 0.3 --queue 300 --ema 0.9 --n-plus-k --linear-views 7",
+       moco_imix: "--temperature 0.3 --queue 300 --ema 0.9 --linear-views 7",
        byol_imix: "--symmetric --ema 0.9 --inputmix --linear-views 7"}
 OWN = {script: flags.split() for script, flags in OWN.items()}
 
@@ -322,7 +337,8 @@ BAD_FLAGS = {
     "--device=cuda:99 --device=tpu --device=meta --fast",
     simclr_imix: "--image-size=0 --train-size=-1 --arch=vgg --mix=inputmix --loss=triplet "
     "--temperature=0 --speech-version=3 --loss=nt-xent --mask=0.1",
-    moco_imix: "--queue=0 --ema=1 --ema=nan --mask=1 --head=none --linear-views=0",
+    moco_imix: "--queue=0 --ema=1 --ema=nan --mask=1 --head=none --linear-views=0 "
+    "--n-plus-k=1 --n-plus-k",
     byol_imix: "--ema=-0.1 --symmetric=3",
 }
 
