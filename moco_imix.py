@@ -234,7 +234,6 @@ class Args:
     linear_epochs: int = flag(100, "epochs of the linear evaluation", 1, 1e6)
     linear_lr: float = flag(10.0, "its learning rate", 1e-12)
     linear_batch_size: int = flag(256, "its batch size", 1, 1e6)
-    linear_views: int = flag(5, "image: how often it draws its views; published: each epoch", 1)
 
     dataset: str = flag("cifar10", "cifar10, cifar100, speech_commands, covtype, digits, or a path")
     data_dir: str = flag("data", "where data sets lie, or are downloaded to")
@@ -593,7 +592,7 @@ def main(argv=None):
 
     def evaluate():
         result = common.linear_eval(encoder, data, args.linear_epochs, args.linear_batch_size,
-                                    args.linear_lr, args.seed, args.linear_views)
+                                    args.linear_lr, args.seed)
         print(f"test accuracy {result['test_accuracy']:.4f}, "
               f"train accuracy {result['train_accuracy']:.4f}; {out}", flush=True)
         return result

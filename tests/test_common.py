@@ -176,8 +176,7 @@ def test_linear_eval_of_few_examples_shrinks_batch_and_learning_rate():
     assert "lr 2.5, batch 600" in results[0]["protocol"]
 
 
-@pytest.mark.parametrize("views, times", [(5, 5), (1, 1), (7, 7), (10, 10), (100, 10)])
-def test_linear_eval_draws_the_training_views_anew(views, times):
+def test_linear_eval_draws_the_training_views_anew_each_epoch():
     data = answerable()
     drawn = []
 
@@ -186,9 +185,8 @@ def test_linear_eval_draws_the_training_views_anew(views, times):
         return x
 
     data.eval_view = eval_view
-    result = common.linear_eval(nn.Identity(), data, epochs=10, views=views)
-    assert sum(drawn) == times * 600
-    assert f"{times} times" in result["protocol"]
+    result = common.linear_eval(nn.Identity(), data, epochs=10)
+    assert sum(drawn) == 10 * 600
     assert result["test_accuracy"] == 0.75
 
 

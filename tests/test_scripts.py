@@ -199,9 +199,9 @@ FLAGS = ("--alpha 0.7 --epochs 7 --lr 0.5 --weight-decay 0.01 --warmup-epochs 1 
          "--compile --seed 5 --eval-every 3 --linear-epochs 9 --linear-lr 0.6 "
          "--linear-batch-size 30 --dim 32 --no-augment").split()
 OWN = {npair_tabular: "--temperature 0.3 --mask 0.3",
-       simclr_imix: "--temperature 0.3 --mix cutmix --schedule step --inputmix --linear-views 7",
-       moco_imix: "--temperature 0.3 --queue 300 --ema 0.9 --linear-views 7",
-       byol_imix: "--symmetric --ema 0.9 --inputmix --linear-views 7"}
+       simclr_imix: "--temperature 0.3 --mix cutmix --schedule step --inputmix",
+       moco_imix: "--temperature 0.3 --queue 300 --ema 0.9",
+       byol_imix: "--symmetric --ema 0.9 --inputmix"}
 OWN = {script: flags.split() for script, flags in OWN.items()}
 
 
@@ -234,8 +234,7 @@ def test_flags_reach_the_loop(monkeypatch, tmp_path, script, domain):
     assert len(x) == 16 and torch.equal(plain, plain_tilde)  # --no-augment
     assert not torch.equal(x, x_tilde) or (domain == "table" and script is not npair_tabular)
     encoder, _, *rest = evaluated[1]
-    views = [] if script is npair_tabular else [7]
-    assert encoder is nets[0] and rest == [9, 30, 0.6, 5, *views]  # epochs, batch, lr, seed
+    assert encoder is nets[0] and rest == [9, 30, 0.6, 5]  # epochs, batch, lr, seed
     assert all(list(net.parameters())[-1].shape == (32,) for net in nets[1:])
 
 
@@ -337,7 +336,7 @@ BAD_FLAGS = {
     "--device=cuda:99 --device=tpu --device=meta --fast",
     simclr_imix: "--image-size=0 --train-size=-1 --arch=vgg --mix=inputmix --loss=triplet "
     "--temperature=0 --speech-version=3 --loss=nt-xent --mask=0.1",
-    moco_imix: "--queue=0 --ema=1 --ema=nan --mask=1 --head=none --linear-views=0 "
+    moco_imix: "--queue=0 --ema=1 --ema=nan --mask=1 --head=none "
     "--n-plus-k=1 --n-plus-k",
     byol_imix: "--ema=-0.1 --symmetric=3",
 }
