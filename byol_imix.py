@@ -213,6 +213,9 @@ class Args:
     linear_epochs: int = flag(100, "epochs of the linear evaluation", 1, 1e6)
     linear_lr: float = flag(10.0, "its learning rate", 1e-12)
     linear_batch_size: int = flag(256, "its batch size", 1, 1e6)
+    labels: float = flag(None, "share of the training labels that it uses; default: all", 1e-12, 1)
+    finetune: bool = flag(False, "it trains the encoder along")
+    finetune_lr: float = flag(0.05, "--finetune: the encoder's rate per 256 examples", 1e-12)
 
     dataset: str = flag("cifar10", "cifar10, cifar100, speech_commands, covtype, digits, or a path")
     data_dir: str = flag("data", "where data sets lie, or are downloaded to")
@@ -477,9 +480,9 @@ def begin_run(out, config):
         save(json.dumps(config, indent=2) + "\n", path)
         return
     was = json.loads(path.read_text())
-    may_change = "data_dir device compile out resume eval_every torch".split()
+    may_change = "data_dir device compile out resume eval_every torch labels".split()
     for name in config:
-        if name in may_change or name.startswith("linear_"):
+        if name in may_change or name.startswith(("linear_", "finetune")):
             continue
         if was.get(name) != config[name]:
             fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, "
@@ -556,8 +559,9 @@ def main(argv=None):
     loader = common.TwoViews(data.x_train, view, args.batch_size)
 
     def evaluate():
+        finetune_lr = args.finetune_lr if args.finetune else None
         result = common.linear_eval(encoder, data, args.linear_epochs, args.linear_batch_size,
-                                    args.linear_lr, args.seed)
+                                    args.linear_lr, args.seed, args.labels, finetune_lr)
         print(f"test accuracy {result['test_accuracy']:.4f}, "
               f"train accuracy {result['train_accuracy']:.4f}; {out}", flush=True)
         return result
@@ -569,7 +573,12 @@ def main(argv=None):
         if rank == 0:
             weights = {name: tensor.cpu() for name, tensor in encoder.state_dict().items()}
             save(weights, out / "encoder.pt")
-            save(json.dumps(evaluate(), indent=2) + "\n", out / "result.json")
+            name = "result"
+            if args.labels is not None:
+                name += f"-labels{args.labels:g}"
+            if args.finetune:
+                name += "-finetune"
+            save(json.dumps(evaluate(), indent=2) + "\n", out / f"{name}.json")
     except ValueError as error:
         fail(error)
     except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:

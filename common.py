@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import copy
 import glob
 import hashlib
 import io
@@ -69,12 +70,13 @@ class Dataset:
 class TwoViews:
     """Iterates once over x in random order, yielding two independent views of each batch.
 
-    view: a raw batch (n, ...) -> a random view of each example. The order is drawn on x's device;
-    a last incomplete batch is dropped, as published.
+    view: a raw batch (n, ...) -> a random view of each example. y: class indices (n,), where each
+    batch's are to be yielded, too. The order is drawn on x's device; a last incomplete batch is
+    dropped, as published.
     """
 
-    def __init__(self, x, view, batch_size):
-        self.x, self.view, self.batch_size = x, view, batch_size
+    def __init__(self, x, view, batch_size, y=None):
+        self.x, self.view, self.batch_size, self.y = x, view, batch_size, y
 
     def __len__(self):
         return len(self.x) // self.batch_size
@@ -84,9 +86,10 @@ class TwoViews:
         for index in order.split(self.batch_size)[: len(self)]:
             if self.x.device.type == "cpu":  # the smaller, the more of it stays in the cache
                 batch = self.x[index]
-                yield self.view(batch), self.view(batch)
+                views = self.view(batch), self.view(batch)
             else:  # both at once: half as many launches
-                yield self.view(self.x[index.repeat(2)]).chunk(2)
+                views = self.view(self.x[index.repeat(2)]).chunk(2)
+            yield views if self.y is None else (*views, self.y[index])
 
 
 def split(x, y, test_share):
@@ -99,7 +102,7 @@ def split(x, y, test_share):
     return x_train, y_train, x_test, y_test
 
 
-def subset(x, y, size):
+def subset(x, y, size, flag="--train-size"):
     """A stratified subset of size training examples, the same at every call; None: all of them."""
     if size in (None, len(y)):
         return x, y
@@ -107,9 +110,9 @@ def subset(x, y, size):
         return split(x, y, len(y) - size)[:2]
     except ValueError:
         classes = len(np.unique(y))
-        raise DataError(f"--train-size {size} of the {len(y):,} training examples: give {classes} "
-                        f"to {len(y) - classes:,}, with two examples or more of each class, or "
-                        "leave it out") from None
+        raise DataError(f"{flag}: {size:,} of the {len(y):,} training examples: give {classes} to "
+                        f"{len(y) - classes:,}, with two examples or more of each class, or leave "
+                        "it out") from None
 
 
 def progress(text):
@@ -148,61 +151,80 @@ def load(domain, args, device):
 
 
 # ---------------------------------------------------------------------------- linear evaluation
-def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0):
+def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0, labels=None,
+                finetune_lr=None):
     """Test accuracy of a linear classifier on the frozen encoder's features, the paper's protocol.
 
     SGD with momentum 0.9, no weight decay, x 0.2 after 80, 90 and 95 % of the epochs; weights from
     N(0, 0.01^2). The published batch_size is 256 for images and speech and 512 for tables, lr 10
     for both; fewer training examples are one batch, and lr shrinks with it. BatchNorm is in eval
     mode, everything in float32. The training features are cached; where they are of random views
-    (images), these are drawn anew each epoch, and train_accuracy is of the last. Afterwards the
-    encoder, its modes and the random number generators are as before. Returns {"test_accuracy",
+    (images), these are drawn anew each epoch, and train_accuracy is of the last. labels: the share
+    of the training examples to use, stratified; default: all. finetune_lr: trains a copy of the
+    encoder along, in training mode, at this learning rate per 256 examples. Afterwards the encoder,
+    its modes and the random number generators are as before. Returns {"test_accuracy",
     "train_accuracy" (both in [0, 1]), "protocol", "seconds"}.
     """
     start, device = time.monotonic(), data.x_train.device
-    if len(data.x_train) < batch_size:
-        batch_size, lr = len(data.x_train), lr * len(data.x_train) / batch_size
+    x, y = data.x_train, data.y_train
+    if labels is not None:
+        kept, _ = subset(np.arange(len(y)), y.cpu().numpy(), round(labels * len(y)), "--labels")
+        x, y = x[kept], y[kept]
+    if len(x) < batch_size:
+        batch_size, lr = len(x), lr * len(x) / batch_size
     modes = [module.training for module in encoder.modules()]
-    encoder.eval()
+    model = encoder if finetune_lr is None else copy.deepcopy(encoder)
+    view = data.eval_view or data.plain
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        features = encode(encoder, data)
+        features = encode(model, view, x)
         classifier = nn.Linear(features.shape[1], data.num_classes, device=device)
         nn.init.normal_(classifier.weight, std=0.01)
         nn.init.zeros_(classifier.bias)
-        optimizer = torch.optim.SGD(classifier.parameters(), momentum=0.9, fused=True)
+        groups, rates = [{"params": classifier.parameters()}], [lr]
+        if finetune_lr is not None:
+            groups.append({"params": model.parameters()})
+            rates.append(finetune_lr * batch_size / 256)
+        optimizer = torch.optim.SGD(groups, momentum=0.9, fused=True)
         for epoch in range(epochs):
-            if data.eval_view and epoch > 0:
-                features = encode(encoder, data)
+            if finetune_lr is not None:
+                model.train()
+            elif data.eval_view and epoch > 0:
+                features = encode(model, view, x)
             drops = sum(epoch >= share * epochs for share in (0.8, 0.9, 0.95))
-            optimizer.param_groups[0]["lr"] = lr * 0.2**drops
-            order = torch.randperm(len(features), device=device)
-            for index in order.split(batch_size)[: len(features) // batch_size]:
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * 0.2**drops
+            order = torch.randperm(len(x), device=device)
+            for index in order.split(batch_size)[: len(x) // batch_size]:
+                batch = features[index] if finetune_lr is None else model(view(x[index]))
                 optimizer.zero_grad()
-                F.cross_entropy(classifier(features[index]), data.y_train[index]).backward()
+                F.cross_entropy(classifier(batch), y[index]).backward()
                 optimizer.step()
             progress(f"linear evaluation: epoch {epoch + 1}/{epochs}")
+        if finetune_lr is not None:
+            features = encode(model, view, x)
     with torch.no_grad():
-        train_correct = (classifier(features).argmax(1) == data.y_train).sum()
+        train_correct = (classifier(features).argmax(1) == y).sum()
         test_correct = torch.zeros_like(train_correct)
         batches = list(zip(data.x_test.split(512), data.y_test.split(512)))
-        for i, (x, y) in enumerate(batches):
-            test_correct += (classifier(encoder(data.plain(x))).argmax(1) == y).sum()
+        for i, (x_test, y_test) in enumerate(batches):
+            test_correct += (classifier(model(data.plain(x_test))).argmax(1) == y_test).sum()
             progress(f"linear evaluation: test examples {i / len(batches):.0%}")
     for module, mode in zip(encoder.modules(), modes):
         module.training = mode
-    protocol = (f"linear classifier on frozen features: SGD, momentum 0.9, lr {lr:g}, batch "
-                f"{batch_size}, {epochs} epochs, x 0.2 after 80, 90 and 95 %")
+    trained = "frozen features" if finetune_lr is None else f"an encoder trained at {rates[1]:g}"
+    protocol = (f"linear classifier on {trained}: SGD, momentum 0.9, lr {lr:g}, batch "
+                f"{batch_size}, {epochs} epochs, x 0.2 after 80, 90 and 95 %, {len(x)} labels")
     return {"test_accuracy": int(test_correct) / len(data.y_test),
-            "train_accuracy": int(train_correct) / len(data.y_train),
+            "train_accuracy": int(train_correct) / len(y),
             "protocol": protocol, "seconds": round(time.monotonic() - start, 1)}
 
 
 @torch.no_grad()
-def encode(encoder, data):
-    """The frozen encoder's features (n, feature size) of the training examples."""
-    view = data.eval_view or data.plain
-    return torch.cat([encoder(view(x)) for x in data.x_train.split(512)])
+def encode(encoder, view, x):
+    """The features (n, feature size) of these views of raw examples x, the encoder in eval mode."""
+    encoder.eval()
+    return torch.cat([encoder(view(batch)) for batch in x.split(512)])
 
 
 # ---------------------------------------------------------------------------- tables

@@ -53,21 +53,24 @@ def mixup(x, alpha):
 
 
 # ---------------------------------------------------------------------------- loss (Section 3.1)
-def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None):
+def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None, y=None):
     """l_N-pair; with i-Mix where mixing has given perm and lam, (N,) each.
 
     f: (N, D), raw embeddings of the (mixed) anchors; f_tilde: (N, D), of their other views, which
-    are the N classes. Gradients flow into both. Returns the batch mean. The loss is linear in the
-    virtual label, so that of lambda v_i + (1 - lambda) v_j is the same mix of two losses.
+    are the N classes. Gradients flow into both. y: (N,), class indices, for the supervised loss:
+    the views of i's class share its virtual label. Returns the batch mean. The loss is linear in
+    the virtual label, so that of lambda v_i + (1 - lambda) v_j is the same mix of two losses.
     """
     with torch.autocast(f.device.type, enabled=False):  # bf16 would round s / tau away
         f = F.normalize(f.float(), dim=1)
         f_tilde = F.normalize(f_tilde.float(), dim=1)
         logits = f @ f_tilde.T / temperature  # s(f_i, f~_n) / tau  (N, N)
         log_p = F.log_softmax(logits, dim=1)  # over the classes n  (N, N)
-        loss = -log_p.diagonal()  # l(x_i, v_i)  (N,)
+        y = torch.arange(len(f), device=f.device) if y is None else y  # each its own class
+        v = F.normalize((y[:, None] == y).float(), p=1, dim=1)  # v_in, which sum to 1  (N, N)
+        loss = -(v * log_p).sum(1)  # l(x_i, v_i)  (N,)
         if perm is not None:
-            loss_j = -log_p.gather(1, perm[:, None]).squeeze(1)  # l(x_i, v_j)  (N,)
+            loss_j = -(v[perm] * log_p).sum(1)  # l(x_i, v_j)  (N,)
             loss = lam * loss + (1 - lam) * loss_j
         return loss.mean()
 
@@ -112,6 +115,7 @@ class Args:
     """The recipe published for CovType; each field is a flag. pretrain() reads those up to seed."""
 
     alpha: float = flag(2.0, "lambda ~ Beta(alpha, alpha); 0: without i-Mix", 0, 1e6)
+    supervised: bool = flag(False, "all views of a class are positives: supervised N-pair")
     temperature: float = flag(0.1, "tau", 1e-12)
     epochs: int = flag(500, "epochs of pre-training", 1, 1e6)
     lr: float = flag(0.125, "learning rate per 256 examples", 1e-12)
@@ -131,6 +135,9 @@ class Args:
     linear_epochs: int = flag(100, "epochs of the linear evaluation", 1, 1e6)
     linear_lr: float = flag(10.0, "its learning rate", 1e-12)
     linear_batch_size: int = flag(512, "its batch size", 1, 1e6)
+    labels: float = flag(None, "share of the training labels that it uses; default: all", 1e-12, 1)
+    finetune: bool = flag(False, "it trains the encoder along")
+    finetune_lr: float = flag(0.05, "--finetune: the encoder's rate per 256 examples", 1e-12)
 
     dataset: str = flag("covtype", "covtype, digits, or the path of a CSV file")
     data_dir: str = flag("data", "where covtype lies, or is downloaded to")
@@ -225,11 +232,11 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
     """Pre-train encoder and head, in place, on the device that they are on; returns the log.
 
     loader: has a len(), yields (x, x_tilde): two float views (N, ...) of a batch, N always the
-    same. args: read from alpha to seed. out: Path of an existing folder for checkpoint.pt and
-    log.csv; if it holds a checkpoint, training resumes from it, and torch is seeded in each epoch,
-    so that this is exact. evaluate(): called every args.eval_every epochs. Under torchrun every
-    process gets the same batches, weights and out. Raises FloatingPointError once loss or weights
-    are no longer finite.
+    same; with args.supervised also y (N,), class indices. args: read from alpha to seed. out: Path
+    of an existing folder for checkpoint.pt and log.csv; if it holds a checkpoint, training resumes
+    from it, and torch is seeded in each epoch, so that this is exact. evaluate(): called every
+    args.eval_every epochs. Under torchrun every process gets the same batches, weights and out.
+    Raises FloatingPointError once loss or weights are no longer finite.
     """
     device = next(encoder.parameters()).device
     steps = len(loader)  # an epoch
@@ -257,9 +264,14 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
         start = shown = time.monotonic()
         loss_sum = torch.zeros((), device=device)
 
-        for i, (x, x_tilde) in enumerate(loader):
+        for i, (x, x_tilde, *rest) in enumerate(loader):
             x = x.to(device, non_blocking=True)  # (N, ...)
             x_tilde = x_tilde.to(device, non_blocking=True)  # (N, ...)
+            y = None
+            if args.supervised:
+                if not rest:
+                    raise ValueError("the supervised loss needs a loader of (x, x_tilde, y)")
+                y = rest[0].to(device, non_blocking=True)  # (N,)
             N = len(x)
             lr = learning_rate((epoch - 1) * steps + i, steps, args) * N / 256
             optimizer.param_groups[0]["lr"] = lr
@@ -276,7 +288,7 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
                 f, f_tilde = net(torch.cat([x[rows], x_tilde[rows]])).chunk(2)
             f, f_tilde = gather(f), gather(f_tilde)  # (N, D) each
 
-            loss = n_pair_loss(f, f_tilde, args.temperature, perm, lam)
+            loss = n_pair_loss(f, f_tilde, args.temperature, perm, lam, y)
 
             # Update. Each process has its rows' gradient; DDP takes their mean, not their sum.
             optimizer.zero_grad()
@@ -347,9 +359,9 @@ def begin_run(out, config):
         save(json.dumps(config, indent=2) + "\n", path)
         return
     was = json.loads(path.read_text())
-    may_change = "data_dir device compile out resume eval_every torch".split()
+    may_change = "data_dir device compile out resume eval_every torch labels".split()
     for name in config:
-        if name in may_change or name.startswith("linear_"):
+        if name in may_change or name.startswith(("linear_", "finetune")):
             continue
         if was.get(name) != config[name]:
             fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, "
@@ -412,11 +424,13 @@ def main(argv=None):
     encoder = MLP5Layer(data.groups, args.width).to(device)
     head = projection_head(32 * args.width, args.dim).to(device)
     view = data.plain if args.no_augment else data.view
-    loader = common.TwoViews(data.x_train, view, args.batch_size)
+    y = data.y_train if args.supervised else None
+    loader = common.TwoViews(data.x_train, view, args.batch_size, y)
 
     def evaluate():
+        finetune_lr = args.finetune_lr if args.finetune else None
         result = common.linear_eval(encoder, data, args.linear_epochs, args.linear_batch_size,
-                                    args.linear_lr, args.seed)
+                                    args.linear_lr, args.seed, args.labels, finetune_lr)
         print(f"test accuracy {result['test_accuracy']:.4f}, "
               f"train accuracy {result['train_accuracy']:.4f}; {out}", flush=True)
         return result
@@ -428,7 +442,12 @@ def main(argv=None):
         if rank == 0:
             weights = {name: tensor.cpu() for name, tensor in encoder.state_dict().items()}
             save(weights, out / "encoder.pt")
-            save(json.dumps(evaluate(), indent=2) + "\n", out / "result.json")
+            name = "result"
+            if args.labels is not None:
+                name += f"-labels{args.labels:g}"
+            if args.finetune:
+                name += "-finetune"
+            save(json.dumps(evaluate(), indent=2) + "\n", out / f"{name}.json")
     except ValueError as error:
         fail(error)
     except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:

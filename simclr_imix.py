@@ -6,6 +6,10 @@ https://arxiv.org/abs/2010.08887
     python simclr_imix.py                                       # CIFAR-10, N-pair + i-Mix
     python simclr_imix.py --alpha 0                             # the baseline, without i-Mix
     python simclr_imix.py --alpha 0 --loss nt-xent              # SimCLR's own loss
+    python simclr_imix.py --loss barlow-twins                   # or triplet, dare
+    python simclr_imix.py --supervised                          # N-pair + i-Mix with labels
+    python simclr_imix.py --alpha 0 --loss supcon               # SupCon
+    python simclr_imix.py --resume --labels 0.1 --finetune      # evaluates a finished run anew
     python simclr_imix.py --arch resnet18 --mix cutmix
     python simclr_imix.py --dataset speech_commands             # speech, its recipe
     python simclr_imix.py --dataset my_images --arch resnet18   # your own: CLASS/* or WORD/*.wav
@@ -27,6 +31,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -91,37 +96,141 @@ def inputmix(x, alpha):
 
 
 # ---------------------------------------------------------------------------- losses (Section 3.1)
-def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None):
+def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None, y=None):
     """l_N-pair; with i-Mix where mixing has given perm and lam, (N,) each.
 
     f: (N, D), raw embeddings of the (mixed) anchors; f_tilde: (N, D), of their other views, which
-    are the N classes. Gradients flow into both. Returns the batch mean. The loss is linear in the
-    virtual label, so that of lambda v_i + (1 - lambda) v_j is the same mix of two losses.
+    are the N classes. Gradients flow into both. y: (N,), class indices, for the supervised loss:
+    the views of i's class share its virtual label. Returns the batch mean. The loss is linear in
+    the virtual label, so that of lambda v_i + (1 - lambda) v_j is the same mix of two losses.
     """
     with torch.autocast(f.device.type, enabled=False):  # bf16 would round s / tau away
         f = F.normalize(f.float(), dim=1)
         f_tilde = F.normalize(f_tilde.float(), dim=1)
         logits = f @ f_tilde.T / temperature  # s(f_i, f~_n) / tau  (N, N)
         log_p = F.log_softmax(logits, dim=1)  # over the classes n  (N, N)
-        loss = -log_p.diagonal()  # l(x_i, v_i)  (N,)
+        y = torch.arange(len(f), device=f.device) if y is None else y  # each its own class
+        v = F.normalize((y[:, None] == y).float(), p=1, dim=1)  # v_in, which sum to 1  (N, N)
+        loss = -(v * log_p).sum(1)  # l(x_i, v_i)  (N,)
         if perm is not None:
-            loss_j = -log_p.gather(1, perm[:, None]).squeeze(1)  # l(x_i, v_j)  (N,)
+            loss_j = -(v[perm] * log_p).sum(1)  # l(x_i, v_j)  (N,)
             loss = lam * loss + (1 - lam) * loss_j
         return loss.mean()
 
 
-def nt_xent_loss(f, f_tilde, temperature):
+def nt_xent_loss(f, f_tilde, temperature, y=None):
     """l_SimCLR, NT-Xent, of raw embeddings f, f_tilde (N, D): the mean over 2N views.
 
-    Each view leaves itself out of its classes, so no two share their classes, and there is no
-    label to mix. Gradients flow into both.
+    With class indices y (N,) it is SupCon, L_out of Khosla et al., 2020, arXiv:2004.11362: the
+    mean over all other views of i's class. Each view leaves itself out of its classes, so no two
+    share their classes, and there is no label to mix. Gradients flow into both.
     """
     with torch.autocast(f.device.type, enabled=False):  # bf16 would round s / tau away
         f = F.normalize(torch.cat([f, f_tilde]).float(), dim=1)  # (2N, D)
         logits = f @ f.T / temperature  # s(f_i, f_k) / tau  (2N, 2N)
-        logits = logits.fill_diagonal_(-math.inf)  # k != i
-        positive = torch.arange(len(f), device=f.device).roll(len(f) // 2)  # (N + i) mod 2N  (2N,)
-        return F.cross_entropy(logits, positive)
+        logits = logits.fill_diagonal_(-1e9)  # k != i; not -inf, which times 0 is no number
+        log_p = F.log_softmax(logits, dim=1)  # over the classes k  (2N, 2N)
+        y = torch.arange(len(f_tilde), device=f.device) if y is None else y
+        y = y.repeat(2)  # of both views
+        v = (y[:, None] == y).float().fill_diagonal_(0)  # the views that are i's positives
+        return -(F.normalize(v, p=1, dim=1) * log_p).sum(1).mean()
+
+
+def triplet_loss(f, f_tilde, margin, perm=None, lam=None, y=None):
+    """The triplet loss of FaceNet, arXiv:1503.03832, with the hardest triplets of the batch.
+
+    f, f_tilde: (N, D), raw embeddings; y: (N,), class indices; without it each example is a class.
+    [margin + |f_i - f~_p|^2 - |f_i - f~_n|^2]_+ of normalised embeddings, p the farthest view of
+    i's class and n the nearest of another. Which triplet is the hardest is not linear in the label:
+    i-Mix here is a definition, lambda times the loss of i's class plus (1 - lambda) times j's.
+    """
+    with torch.autocast(f.device.type, enabled=False):  # in float32
+        f = F.normalize(f.float(), dim=1)
+        f_tilde = F.normalize(f_tilde.float(), dim=1)
+        s = f @ f_tilde.T  # |f_i - f~_n|^2 = 2 - 2 s  (N, N)
+        y = torch.arange(len(f), device=f.device) if y is None else y
+
+        def hardest(of_anchor):  # the loss (N,) with these classes of the anchors
+            same = of_anchor[:, None] == y  # (N, N)
+            positive = s.masked_fill(~same, math.inf).amin(1)  # (N,)
+            negative = s.masked_fill(same, -math.inf).amax(1)  # (N,)
+            return F.relu(margin + 2 * (negative - positive))
+
+        loss = hardest(y)
+        if perm is not None:
+            loss = lam * loss + (1 - lam) * hardest(y[perm])
+        return loss.mean()
+
+
+def barlow_twins_loss(f, f_tilde, off_diagonal, perm=None, lam=None):
+    """Barlow Twins, Zbontar et al., 2021, arXiv:2103.03230, of raw embeddings f, f_tilde (N, D).
+
+    sum_d (1 - C_dd)^2 + off_diagonal sum_(d != e) C_de^2, C the correlation of the dimensions of f
+    with those of f_tilde over the batch; divided by D, so that one learning rate fits all sizes.
+    It is quadratic in the virtual label: with perm and lam the target is the mix lambda f~_i +
+    (1 - lambda) f~_j, standardised, which is not the same mix of two losses.
+    """
+    with torch.autocast(f.device.type, enabled=False):  # in float32
+        f, f_tilde = f.float(), f_tilde.float()
+        if perm is not None:
+            f_tilde = lam[:, None] * f_tilde + (1 - lam[:, None]) * f_tilde[perm]
+        f, f_tilde = (F.batch_norm(z, None, None, training=True) for z in (f, f_tilde))
+        c = f.T @ f_tilde / len(f)  # C  (D, D)
+        on = (1 - c.diagonal()).square().sum()
+        off = c.square().sum() - c.diagonal().square().sum()
+        return (on + off_diagonal * off) / len(c)
+
+
+def dare_loss(f, f_tilde, temperature, distance_weight, perm=None, lam=None, y=None):
+    """DARe: N-pair of samples of Gaussians, plus distance_weight times the distance of each pair.
+
+    f, f_tilde: (N, 2D), mu and log sigma^2 of each view's Gaussian. Its authors call the distance
+    Jensen-Shannon's; it is Bhattacharyya's, here the mean over dimensions. Both terms are linear in
+    the virtual label, so i-Mix is exact; y as for n_pair_loss, of the first term alone.
+    """
+    with torch.autocast(f.device.type, enabled=False):  # in float32
+        mu, log_var = f.float().chunk(2, dim=1)  # (N, D) each
+        mu_tilde, log_var_tilde = f_tilde.float().chunk(2, dim=1)
+        z = mu + (log_var / 2).exp() * torch.randn_like(mu)  # mu + sigma eps
+        z_tilde = mu_tilde + (log_var_tilde / 2).exp() * torch.randn_like(mu)
+
+        def distance(mu_tilde, log_var_tilde):  # of each anchor to these  (N,)
+            m = (log_var.exp() + log_var_tilde.exp()) / 2
+            log_sigmas = (log_var + log_var_tilde) / 2  # log(sigma sigma~)
+            d = (mu - mu_tilde).square() / (8 * m) + (m.log() - log_sigmas) / 2
+            return d.mean(1)
+
+        d = distance(mu_tilde, log_var_tilde)
+        if perm is not None:
+            d = lam * d + (1 - lam) * distance(mu_tilde[perm], log_var_tilde[perm])
+        loss = n_pair_loss(z, z_tilde, temperature, perm, lam, y)
+        return loss + distance_weight * d.mean()
+
+
+@dataclass
+class Loss:
+    """A row of LOSSES."""
+
+    of: Callable  # (f, f_tilde, args, perm, lam, y) -> the loss
+    mixes: bool  # whether there is i-Mix of it
+    labels: str  # whether it takes class indices y: "no", "may" (--supervised) or "must"
+
+
+LOSSES = {
+    "n-pair": Loss(lambda f, f_tilde, args, perm, lam, y:
+                   n_pair_loss(f, f_tilde, args.temperature, perm, lam, y), True, "may"),
+    "nt-xent": Loss(lambda f, f_tilde, args, perm, lam, y:
+                    nt_xent_loss(f, f_tilde, args.temperature), False, "no"),
+    "supcon": Loss(lambda f, f_tilde, args, perm, lam, y:
+                   nt_xent_loss(f, f_tilde, args.temperature, y), False, "must"),
+    "triplet": Loss(lambda f, f_tilde, args, perm, lam, y:
+                    triplet_loss(f, f_tilde, args.margin, perm, lam, y), True, "may"),
+    "barlow-twins": Loss(lambda f, f_tilde, args, perm, lam, y:
+                         barlow_twins_loss(f, f_tilde, args.off_diagonal, perm, lam), True, "no"),
+    "dare": Loss(lambda f, f_tilde, args, perm, lam, y:
+                 dare_loss(f, f_tilde, args.temperature, args.distance_weight, perm, lam, y),
+                 True, "may"),
+}
 
 
 # ---------------------------------------------------------------------------- networks
@@ -159,8 +268,13 @@ class Args:
 
     alpha: float = flag(1.0, "lambda ~ Beta(alpha, alpha); 0: without i-Mix", 0, 1e6)
     mix: str = flag("mixup", "how i-Mix mixes", choices=["mixup", "cutmix"])
-    loss: str = flag("n-pair", "nt-xent: SimCLR's own", choices=["n-pair", "nt-xent"])
-    temperature: float = flag(0.2, "tau", 1e-12)
+    loss: str = flag("n-pair", "nt-xent: SimCLR's own; the others are further ones",
+                     choices=list(LOSSES))
+    supervised: bool = flag(False, "n-pair, triplet, dare: all views of a class are positives")
+    temperature: float = flag(0.2, "tau; n-pair, nt-xent, supcon, dare", 1e-12)
+    margin: float = flag(1.0, "triplet", 0)
+    off_diagonal: float = flag(0.0051, "barlow-twins: weight of C's elements off the diagonal", 0)
+    distance_weight: float = flag(0.9, "dare: weight of the distance of two Gaussians", 0)
     inputmix: bool = flag(False, "InputMix on both views, for --no-augment")
     epochs: int = flag(1000, "epochs of pre-training", 1, 1e6)
     lr: float = flag(0.125, "learning rate per 256 examples", 1e-12)
@@ -179,6 +293,9 @@ class Args:
     linear_epochs: int = flag(100, "epochs of the linear evaluation", 1, 1e6)
     linear_lr: float = flag(10.0, "its learning rate", 1e-12)
     linear_batch_size: int = flag(256, "its batch size", 1, 1e6)
+    labels: float = flag(None, "share of the training labels that it uses; default: all", 1e-12, 1)
+    finetune: bool = flag(False, "it trains the encoder along")
+    finetune_lr: float = flag(0.05, "--finetune: the encoder's rate per 256 examples", 1e-12)
 
     dataset: str = flag("cifar10", "cifar10, cifar100, digits, speech_commands, or a folder")
     data_dir: str = flag("data", "where data sets lie, or are downloaded to")
@@ -199,13 +316,20 @@ class Args:
                 raise ValueError(f"--{name} {value}: not from {low:g} to below {below:g}")
             if choices and value not in choices:
                 raise ValueError(f"--{name} {value}: not one of {', '.join(choices)}")
-        if self.loss != "n-pair" and self.alpha > 0:
+        if not LOSSES[self.loss].mixes and self.alpha > 0:
+            instead = "--loss n-pair" + (" --supervised" if self.loss == "supcon" else "")
             raise ValueError(f"--loss {self.loss} has no labels to mix: give --alpha 0 too, or "
-                             "--loss n-pair")
+                             f"for i-Mix {instead}")
+        if self.supervised and LOSSES[self.loss].labels == "no":
+            raise ValueError(f"--supervised: --loss {self.loss} takes no classes: leave it out, or "
+                             "take --loss supcon or n-pair")
+        self.supervised = self.supervised or LOSSES[self.loss].labels == "must"
 
 
 RECIPES = {  # what differs from Args, by domain and flags; where two rows fit, the later holds
     "speech": {"temperature": 0.5, "epochs": 500, "schedule": "step"},
+    "--loss supcon": {"temperature": 0.1},
+    "--loss barlow-twins": {"dim": 2048},
     "--dataset cifar10": {"epochs": 4000},
     "--dataset cifar10, --alpha 0": {"epochs": 2000},
     "--dataset cifar100": {"epochs": 2000},
@@ -285,11 +409,11 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
     """Pre-train encoder and head, in place, on the device that they are on; returns the log.
 
     loader: has a len(), yields (x, x_tilde): two float views (N, ...) of a batch, N always the
-    same. args: read from alpha to seed. out: Path of an existing folder for checkpoint.pt and
-    log.csv; if it holds a checkpoint, training resumes from it, and torch is seeded in each epoch,
-    so that this is exact. evaluate(): called every args.eval_every epochs. Under torchrun every
-    process gets the same batches, weights and out. Raises FloatingPointError once loss or weights
-    are no longer finite.
+    same; with args.supervised also y (N,), class indices. args: read from alpha to seed. out: Path
+    of an existing folder for checkpoint.pt and log.csv; if it holds a checkpoint, training resumes
+    from it, and torch is seeded in each epoch, so that this is exact. evaluate(): called every
+    args.eval_every epochs. Under torchrun every process gets the same batches, weights and out.
+    Raises FloatingPointError once loss or weights are no longer finite.
     """
     device = next(encoder.parameters()).device
     steps = len(loader)  # an epoch
@@ -318,9 +442,14 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
         start = shown = time.monotonic()
         loss_sum = torch.zeros((), device=device)
 
-        for i, (x, x_tilde) in enumerate(loader):
+        for i, (x, x_tilde, *rest) in enumerate(loader):
             x = x.to(device, non_blocking=True)  # (N, ...)
             x_tilde = x_tilde.to(device, non_blocking=True)  # (N, ...)
+            y = None
+            if args.supervised:
+                if not rest:
+                    raise ValueError("the supervised loss needs a loader of (x, x_tilde, y)")
+                y = rest[0].to(device, non_blocking=True)  # (N,)
             N = len(x)
             lr = learning_rate((epoch - 1) * steps + i, steps, args) * N / 256
             optimizer.param_groups[0]["lr"] = lr
@@ -339,10 +468,7 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
                 f, f_tilde = net(torch.cat([x[rows], x_tilde[rows]])).chunk(2)
             f, f_tilde = gather(f), gather(f_tilde)  # (N, D) each
 
-            if args.loss == "nt-xent":
-                loss = nt_xent_loss(f, f_tilde, args.temperature)
-            else:
-                loss = n_pair_loss(f, f_tilde, args.temperature, perm, lam)
+            loss = LOSSES[args.loss].of(f, f_tilde, args, perm, lam, y)
 
             # Update. Each process has its rows' gradient; DDP takes their mean, not their sum.
             optimizer.zero_grad()
@@ -406,7 +532,7 @@ def parse_args(argv, find_domain):
     try:
         dataset = given.get("dataset", Args.dataset)
         domain = find_domain(dataset, ["image", "speech"])
-        active = {domain, f"--dataset {dataset}"}
+        active = {domain, f"--dataset {dataset}", f"--loss {given.get('loss')}"}
         if given.get("alpha") == 0:
             active.add("--alpha 0")
         recipe = {}
@@ -426,9 +552,9 @@ def begin_run(out, config):
         save(json.dumps(config, indent=2) + "\n", path)
         return
     was = json.loads(path.read_text())
-    may_change = "data_dir device compile out resume eval_every torch".split()
+    may_change = "data_dir device compile out resume eval_every torch labels".split()
     for name in config:
-        if name in may_change or name.startswith("linear_"):
+        if name in may_change or name.startswith(("linear_", "finetune")):
             continue
         if was.get(name) != config[name]:
             fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, "
@@ -490,13 +616,16 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     encoder = resnet(args.arch, *data.plain(data.x_train[:1]).shape[1:3])
     encoder = encoder.to(device, memory_format=torch.channels_last)  # fastest for convolutions
-    head = projection_head(2048 if args.arch == "resnet50" else 512, args.dim).to(device)
+    dim = 2 * args.dim if args.loss == "dare" else args.dim  # DARe's: mu and log sigma^2
+    head = projection_head(2048 if args.arch == "resnet50" else 512, dim).to(device)
     view = data.plain if args.no_augment else data.view
-    loader = common.TwoViews(data.x_train, view, args.batch_size)
+    y = data.y_train if args.supervised else None
+    loader = common.TwoViews(data.x_train, view, args.batch_size, y)
 
     def evaluate():
+        finetune_lr = args.finetune_lr if args.finetune else None
         result = common.linear_eval(encoder, data, args.linear_epochs, args.linear_batch_size,
-                                    args.linear_lr, args.seed)
+                                    args.linear_lr, args.seed, args.labels, finetune_lr)
         print(f"test accuracy {result['test_accuracy']:.4f}, "
               f"train accuracy {result['train_accuracy']:.4f}; {out}", flush=True)
         return result
@@ -508,7 +637,12 @@ def main(argv=None):
         if rank == 0:
             weights = {name: tensor.cpu() for name, tensor in encoder.state_dict().items()}
             save(weights, out / "encoder.pt")
-            save(json.dumps(evaluate(), indent=2) + "\n", out / "result.json")
+            name = "result"
+            if args.labels is not None:
+                name += f"-labels{args.labels:g}"
+            if args.finetune:
+                name += "-finetune"
+            save(json.dumps(evaluate(), indent=2) + "\n", out / f"{name}.json")
     except ValueError as error:
         fail(error)
     except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:

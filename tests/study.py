@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The study of the README: what i-Mix gains on CovType, by method, length and width.
+"""The study of the README: what i-Mix gains on CovType, and the further losses on digits.
 
-    python tests/study.py             # runs what is missing, then prints the table
+    python tests/study.py             # runs what is missing, then prints the tables
     python tests/study.py --only 40   # of these epochs
 
 Runs lie in runs/study/; two go at a time, on one core each. What is finished is skipped, what was
@@ -29,29 +29,36 @@ COLUMNS = ["run", "test_accuracy", "train_accuracy", "loss", "examples_per_s", "
 
 @dataclass
 class Row:
-    """A row of the table: a run without and a run with i-Mix for each seed."""
+    """A row of a table: for each seed a run without and, if there is that, a run with i-Mix."""
 
     method: str
-    width: int
+    width: int | None
     epochs: int
     seeds: int
     flags: str = ""  # of both runs
     without: str = ""  # further ones of the run without i-Mix
-    with_imix: str = ""  # further ones of the run with i-Mix
+    with_imix: str | None = ""  # further ones of the run with i-Mix; None: there is none
 
     def runs(self, seed):
-        """The two command lines."""
-        flags = f"--width {self.width} --epochs {self.epochs} {self.flags}"
-        ends = f"--alpha 0 {self.without}", self.with_imix
+        """The command lines."""
+        width = f"--width {self.width}" if self.width else ""
+        flags = f"{width} --epochs {self.epochs} {self.flags}"
+        ends = [f"--alpha 0 {self.without}"]
+        if self.with_imix is not None:
+            ends.append(self.with_imix)
         return [" ".join(f"{SCRIPTS[self.method]} {flags} {end} --seed {seed}".split())
                 for end in ends]
 
 
-SCRIPTS = {"N-pair": "npair_tabular.py", "MoCo": "moco_imix.py --dataset covtype",
-           "BYOL": "byol_imix.py --dataset covtype"}
+SCRIPTS = {
+    "N-pair": "npair_tabular.py",
+    "MoCo": "moco_imix.py --dataset covtype",
+    "BYOL": "byol_imix.py --dataset covtype",
+    "digits": "simclr_imix.py --dataset digits --arch resnet18 --batch-size 128 --linear-epochs 30"}
 STUDY = [
     Row("N-pair", 8, 40, 3),
     Row("N-pair", 8, 40, 3, flags="--standardize all"),
+    Row("N-pair", 8, 40, 3, flags="--supervised"),
     Row("MoCo", 8, 40, 3),
     Row("MoCo", 8, 40, 3, with_imix="--mask 0.2"),
     Row("MoCo", 8, 40, 3, without="--n-plus-k"),
@@ -61,12 +68,23 @@ STUDY = [
     Row("MoCo", 8, 500, 2),
     Row("BYOL", 8, 500, 2),
     Row("N-pair", 16, 150, 3),
-    Row("N-pair", 8, 150, 3, flags="--mask 0"),
-    Row("MoCo", 8, 150, 3, without="--mask 0"),  # with i-Mix that is the recipe
-    Row("BYOL", 8, 150, 3, without="--mask 0"),
-    Row("N-pair", 8, 150, 3),
-    Row("MoCo", 8, 150, 3),
-    Row("BYOL", 8, 150, 3),
+    Row("N-pair", 8, 150, 1, flags="--mask 0"),
+    Row("MoCo", 8, 150, 1, without="--mask 0"),  # with i-Mix that is the recipe
+    Row("BYOL", 8, 150, 1, without="--mask 0"),
+    Row("N-pair", 8, 150, 1),
+    Row("MoCo", 8, 150, 1),
+    Row("BYOL", 8, 150, 1),
+]
+LOSSES = [
+    Row("digits", None, 1, 3, flags="--lr 1e-12", with_imix=None),  # as good as untrained
+    Row("digits", None, 10, 3, flags="--loss n-pair"),
+    Row("digits", None, 10, 3, flags="--loss n-pair --supervised"),
+    Row("digits", None, 10, 3, flags="--loss nt-xent", with_imix=None),
+    Row("digits", None, 10, 3, flags="--loss supcon", with_imix=None),
+    Row("digits", None, 10, 3, flags="--loss triplet"),
+    Row("digits", None, 10, 3, flags="--loss triplet --supervised"),
+    Row("digits", None, 10, 3, flags="--loss barlow-twins"),
+    Row("digits", None, 10, 3, flags="--loss dare"),
 ]
 
 
@@ -76,9 +94,10 @@ def folder(run):
 
 
 def cost(run):
-    """A run's share of the work: its epochs times the square of its width."""
+    """A run's share of the work: its epochs times the square of its width; a ResNet is as 14."""
     words = run.split()
-    return int(words[words.index("--epochs") + 1]) * int(words[words.index("--width") + 1]) ** 2
+    width = int(words[words.index("--width") + 1]) if "--width" in words else 14
+    return int(words[words.index("--epochs") + 1]) * width**2
 
 
 def start(run):
@@ -133,7 +152,7 @@ def all_runs():
     """Every run of the study once, the first seeds first."""
     runs = []
     for seed in range(3):
-        for row in STUDY:
+        for row in STUDY + LOSSES:
             if seed < row.seeds:
                 runs += row.runs(seed)
     return list(dict.fromkeys(runs))
@@ -148,7 +167,7 @@ def mean(values):
 
 
 def pairs(row, accuracy):
-    """The accuracies without and with i-Mix of each of a row's seeds that has both."""
+    """The accuracies of a row's runs, of each of its seeds that has all."""
     seeds = [[accuracy.get(run) for run in row.runs(seed)] for seed in range(row.seeds)]
     return [seed for seed in seeds if None not in seed]
 
@@ -176,6 +195,17 @@ def table(accuracy):
         gain = statistics.mean(gains(row, accuracy))
         lines.append(f"| {method} | {row.width} | {row.epochs} | {len(without)} | {mean(without)} "
                      f"| {mean(with_imix)} | {gain:+.1f} |")
+    return "\n".join(lines)
+
+
+def losses_table(accuracy):
+    """The README's table of the losses on digits, of {run: test accuracy}."""
+    lines = ["| flags | seeds | without i-Mix | with i-Mix |", "| --- | --- | --- | --- |"]
+    for row in LOSSES:
+        if found := pairs(row, accuracy):
+            cells = [mean(values) for values in zip(*found)]
+            with_imix = "" if len(cells) == 1 else cells[1]
+            lines.append(f"| `{row.flags}` | {len(found)} | {cells[0]} | {with_imix} |")
     return "\n".join(lines)
 
 
@@ -256,7 +286,7 @@ def main():
     work([run for run in runs if only is None or f"--epochs {only} " in run])
     accuracy = record()
     pictures(accuracy)
-    print(table(accuracy))
+    print(table(accuracy), losses_table(accuracy), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -190,6 +190,56 @@ def test_linear_eval_draws_the_training_views_anew_each_epoch():
     assert result["test_accuracy"] == 0.75
 
 
+def test_fine_tuning_is_the_protocol_written_out():
+    """The encoder learns along in training mode at its own rate, and comes back as it was."""
+    torch.manual_seed(0)
+    x = torch.randn(120, 5)
+    y = x[:, :3].argmax(1)
+    encoder = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8))
+    data = common.Dataset(x, y, x[:60], y[:60], 3, same, lambda x: 2 * x)
+    before = copy.deepcopy(encoder.state_dict())
+    result = common.linear_eval(encoder, data, epochs=20, batch_size=32, lr=1.0, seed=3,
+                                finetune_lr=0.8)
+    torch.testing.assert_close(encoder.state_dict(), before, rtol=0, atol=0)
+
+    torch.manual_seed(3)
+    classifier = nn.Linear(8, 3)
+    nn.init.normal_(classifier.weight, std=0.01)
+    nn.init.zeros_(classifier.bias)
+    optimizers = [torch.optim.SGD(net.parameters(), momentum=0.9) for net in (encoder, classifier)]
+    encoder.train()
+    for epoch in range(20):
+        drops = (epoch >= 16) + (epoch >= 18) + (epoch >= 19)
+        order = torch.randperm(120)
+        for index in (order[:32], order[32:64], order[64:96]):
+            for optimizer, lr in zip(optimizers, (0.1, 1.0)):  # 0.8 per 256 examples
+                optimizer.param_groups[0]["lr"] = lr * 0.2**drops
+                optimizer.zero_grad()
+            F.cross_entropy(classifier(encoder(2 * x[index])), y[index]).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    correct = (classifier(encoder.eval()(2 * x)).argmax(1) == y).double()
+    assert result["train_accuracy"] == pytest.approx(correct.mean().item(), abs=0.01)
+    assert result["test_accuracy"] == pytest.approx(correct[:60].mean().item(), abs=0.02)
+    assert result["train_accuracy"] > 0.8
+    frozen = common.linear_eval(nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)), data, epochs=20,
+                                batch_size=32, lr=1.0, seed=3)
+    assert frozen["protocol"] != result["protocol"]
+
+
+def test_few_labels_are_a_stratified_share():
+    """1 in 10 labels is right, and they alone are used: 20 of each of three classes."""
+    data = answerable()
+    seen, inner = [], F.cross_entropy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "cross_entropy", lambda x, y: seen.append(y) or inner(x, y))
+        result = common.linear_eval(nn.Identity(), data, epochs=3, batch_size=20, labels=0.1)
+    assert torch.cat(seen).bincount().tolist() == [60, 60, 60]  # in three epochs
+    assert result["test_accuracy"] == 0.75 and "60 labels" in result["protocol"]
+    with pytest.raises(common.DataError, match="--labels"):
+        common.linear_eval(nn.Identity(), data, labels=0.001)
+
+
 def test_linear_eval_uses_batch_norm_in_eval_mode():
     """In training mode BatchNorm would centre the shifted test features.
 

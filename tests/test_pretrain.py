@@ -19,7 +19,8 @@ import simclr_imix
 
 SCRIPTS = [npair_tabular, simclr_imix, moco_imix, byol_imix]
 CASES = [(npair_tabular, {}), (simclr_imix, {}), (simclr_imix, {"mix": "cutmix"}),
-         (simclr_imix, {"alpha": 0.0, "loss": "nt-xent"}), (moco_imix, {"queue": 100}),
+         (simclr_imix, {"alpha": 0.0, "loss": "nt-xent"}),
+         (simclr_imix, {"loss": "dare"}), (moco_imix, {"queue": 100}),
          (byol_imix, {"symmetric": True})]
 
 

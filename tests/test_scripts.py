@@ -93,7 +93,9 @@ def test_a_run_writes_its_folder_and_learns(tmp_path, capsys):
 
 @pytest.mark.parametrize("script, flags", [
     (simclr_imix, []), (simclr_imix, ["--mix", "cutmix"]), (simclr_imix, ["--alpha", "0"]),
-    (simclr_imix, ["--alpha", "0", "--loss", "nt-xent"]), (moco_imix, []),
+    *((simclr_imix, ["--loss", *flags.split()]) for flags in (
+        "nt-xent --alpha 0", "supcon --alpha 0", "triplet", "triplet --supervised --mix cutmix",
+        "barlow-twins --dim 64", "dare", "n-pair --supervised")), (moco_imix, []),
     (moco_imix, ["--mix", "cutmix"]), (byol_imix, []), (byol_imix, ["--alpha", "0"]),
     (simclr_imix, ["--no-augment", "--inputmix"]), (moco_imix, ["--image-size", "72"])])
 def test_images(tmp_path, script, flags):
@@ -197,7 +199,8 @@ def test_a_folder_called_as_a_recipe_is_not_taken_for_it(tmp_path, monkeypatch):
 
 FLAGS = ("--alpha 0.7 --epochs 7 --lr 0.5 --weight-decay 0.01 --warmup-epochs 1 --amp bf16 "
          "--compile --seed 5 --eval-every 3 --linear-epochs 9 --linear-lr 0.6 "
-         "--linear-batch-size 30 --dim 32 --no-augment").split()
+         "--linear-batch-size 30 --labels 0.5 --finetune --finetune-lr 0.04 --dim 32 "
+         "--no-augment").split()
 OWN = {npair_tabular: "--temperature 0.3 --mask 0.3",
        simclr_imix: "--temperature 0.3 --mix cutmix --schedule step --inputmix",
        moco_imix: "--temperature 0.3 --queue 300 --ema 0.9",
@@ -234,7 +237,8 @@ def test_flags_reach_the_loop(monkeypatch, tmp_path, script, domain):
     assert len(x) == 16 and torch.equal(plain, plain_tilde)  # --no-augment
     assert not torch.equal(x, x_tilde) or (domain == "table" and script is not npair_tabular)
     encoder, _, *rest = evaluated[1]
-    assert encoder is nets[0] and rest == [9, 30, 0.6, 5]  # epochs, batch, lr, seed
+    assert encoder is nets[0]
+    assert rest == [9, 30, 0.6, 5, 0.5, 0.04]  # epochs, batch, lr, seed, labels, the encoder's lr
     assert all(list(net.parameters())[-1].shape == (32,) for net in nets[1:])
 
 
@@ -306,6 +310,21 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path):
     assert process.returncode == 130 and error.count("\n") == 1 and "--resume" in error
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_finished_run_serves_further_evaluations(tmp_path, script):
+    """Of few labels, and with the encoder trained along: each has its own result."""
+    run = [*small(script), "--epochs", "1", "--out", str(tmp_path)]
+    script.main(run)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for flags in (["--labels", "0.5"], ["--finetune"], ["--labels", "0.5", "--finetune"]):
+        script.main([*run, "--resume", *flags])
+    results = [json.loads((tmp_path / f"result{name}.json").read_text())
+               for name in ("", "-labels0.5", "-finetune", "-labels0.5-finetune")]
+    assert len({result["protocol"] for result in results}) == 4
+    for name in ("result.json", "log.csv"):
+        assert (tmp_path / name).read_bytes() == before[name]
+
+
 def test_resume_of_a_finished_run_evaluates_again(tmp_path):
     run = [*TABLE, "--epochs", "2", "--out", str(tmp_path)]
     npair_tabular.main(run)
@@ -332,9 +351,11 @@ BAD_FLAGS = {
     "--batch-size=1 --lr=0 --lr=nan --lr=inf --weight-decay=-1e-4 --temperature=0 --dim=0 "
     "--temperature=-inf --warmup-epochs=-1 --width=0 --mask=1 --mask=nan --test-share=0 "
     "--test-share=1 --seed=-1 --eval-every=x --linear-epochs=0 --linear-lr=0 "
+    "--labels=0 --labels=1 --finetune-lr=0 --finetune=1 "
     "--linear-batch-size=0 --amp=fp8 --standardize=none --schedule=linear "
     "--device=cuda:99 --device=tpu --device=meta --fast",
-    simclr_imix: "--image-size=0 --train-size=-1 --arch=vgg --mix=inputmix --loss=triplet "
+    simclr_imix: "--loss=supcon --margin=-1 --image-size=0 --train-size=-1 --arch=vgg "
+    "--mix=inputmix --loss=dino "
     "--temperature=0 --speech-version=3 --loss=nt-xent --mask=0.1",
     moco_imix: "--queue=0 --ema=1 --ema=nan --mask=1 --head=none "
     "--n-plus-k=1 --n-plus-k",

@@ -28,6 +28,11 @@ CASES = {
     "npair": (npair_tabular, {}), "npair-alpha0": (npair_tabular, {"alpha": 0.0}),
     "simclr": (simclr_imix, {}), "simclr-cutmix": (simclr_imix, {"mix": "cutmix"}),
     "simclr-nt-xent": (simclr_imix, {"alpha": 0.0, "loss": "nt-xent"}),
+    "npair-supervised": (npair_tabular, {"supervised": True}),
+    "simclr-supcon": (simclr_imix, {"alpha": 0.0, "loss": "supcon"}),
+    "simclr-triplet": (simclr_imix, {"loss": "triplet", "supervised": True}),
+    "simclr-barlow-twins": (simclr_imix, {"loss": "barlow-twins"}),
+    "simclr-dare": (simclr_imix, {"loss": "dare"}),
     "simclr-inputmix": (simclr_imix, {"inputmix": True}),
     "moco": (moco_imix, {"queue": 40}), "moco-alpha0": (moco_imix, {"queue": 40, "alpha": 0.0}),
     "byol": (byol_imix, {}), "byol-symmetric": (byol_imix, {"symmetric": True}),
@@ -41,6 +46,8 @@ def run(case, folder, stop=False):
     *nets, loader = setup(script)
     nets = [net.double() for net in nets]
     loader.x = loader.x[:64].double()
+    if options.get("supervised") or options.get("loss") == "supcon":
+        loader.y = torch.arange(64) % 4
     if dist.is_initialized():
         nets = [whole_batch.convert(net) for net in nets]
 

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""The README's example of CLIP: zero-shot classification of what was never seen in training."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+
+import simclr_imix
+
+README = Path(__file__).parent.parent / "README.md"
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 40), "blue": (50, 60, 220),
+           "yellow": (230, 220, 40), "purple": (160, 40, 180), "cyan": (40, 210, 210)}
+SHAPES = ["circle", "square", "triangle", "cross", "ring"]
+PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+NEVER_SEEN = [(colour, SHAPES[i % 5]) for i, colour in enumerate(COLOURS)]
+
+
+def draw(colour, shape, rng, size=24):
+    """A shape of random size and place, (3, size, size), on a dark ground."""
+    image = Image.new("RGB", (size, size), tuple(rng.integers(0, 60, 3).tolist()))
+    pen, r = ImageDraw.Draw(image), int(rng.integers(5, 9))
+    x, y = rng.integers(r + 1, size - r - 1, 2).tolist()
+    ink = tuple(np.clip(np.array(COLOURS[colour]) + rng.integers(-25, 26, 3), 0, 255).tolist())
+    box = x - r, y - r, x + r, y + r
+    if shape == "circle":
+        pen.ellipse(box, fill=ink)
+    elif shape == "square":
+        pen.rectangle(box, fill=ink)
+    elif shape == "triangle":
+        pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=ink)
+    elif shape == "cross":
+        pen.line(box, fill=ink, width=3)
+        pen.line((x - r, y + r, x + r, y - r), fill=ink, width=3)
+    else:
+        pen.ellipse(box, outline=ink, width=2)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def examples(pairs, n, rng):
+    """n images of each pair, (n pairs, 3, 24, 24), and their captions."""
+    images = np.stack([draw(*pair, rng) for pair in pairs for _ in range(n)])
+    captions = [f"a photo of a {' '.join(pair)}" for pair in pairs for _ in range(n)]
+    return (torch.tensor(images).float() / 255 - 0.3) / 0.25, captions
+
+
+class SmallNet(nn.Sequential):
+    """In place of the ResNet-18, which would take minutes: (N, 3, H, W) -> (N, 512)."""
+
+    def __init__(self, *_):
+        layers, channels = [], 3
+        for out in (24, 48, 512):
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(),
+                       nn.MaxPool2d(2) if out < 512 else nn.AdaptiveMaxPool2d(1)]
+            channels = out
+        super().__init__(*layers, nn.Flatten())
+
+
+def test_the_readmes_clip_tells_combinations_never_seen(monkeypatch):
+    block, = re.findall(r"```python\n([^`]*class Text.*?)```", README.read_text(), re.S)
+    monkeypatch.setattr(simclr_imix, "resnet", SmallNet)
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    seen = [pair for pair in PAIRS if pair not in NEVER_SEEN]
+    images, captions = examples(seen, 80, rng)
+    new_images, truth = examples(NEVER_SEEN, 50, rng)
+    classes = examples(PAIRS, 1, rng)[1]
+    names = {"images": images, "captions": captions, "new_images": new_images, "classes": classes}
+    exec(block, names)
+    right = [classes[i] == caption for i, caption in zip(names["guess"], truth)]
+    assert sum(right) / len(right) > 0.8  # chance is 0.03
