@@ -8,7 +8,7 @@ help:
 	@echo "make demo     N-pair without and with i-Mix on CovType, side by side (minutes on a CPU)"
 	@echo "make test     the tests"
 	@echo "make bench    the benchmarks, on the device at hand"
-	@echo "make study    the runs of the README's table, two at a time (seven hours on two cores)"
+	@echo "make study    the runs of the README's results, two at a time (six hours on two cores)"
 	@echo "make covtype  UCI's Covertype into data/"
 	@echo "make setup    .venv with what requirements.txt lists (the targets above do it where they need it)"
 	@echo "make clean    remove .venv, runs/demo-* and caches; data/ and other runs stay"

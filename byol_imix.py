@@ -214,7 +214,7 @@ class Args:
     linear_lr: float = flag(10.0, "its learning rate", 1e-12)
     linear_batch_size: int = flag(256, "its batch size", 1, 1e6)
     labels: float = flag(None, "share of the training labels that it uses; default: all", 1e-12, 1)
-    finetune: bool = flag(False, "it trains the encoder along")
+    finetune: bool = flag(False, "it trains a copy of the encoder along with the classifier")
     finetune_lr: float = flag(0.05, "--finetune: the encoder's rate per 256 examples", 1e-12)
 
     dataset: str = flag("cifar10", "cifar10, cifar100, speech_commands, covtype, digits, or a path")
@@ -239,6 +239,8 @@ class Args:
                 raise ValueError(f"--{name} {value}: not from {low:g} to below {below:g}")
             if choices and value not in choices:
                 raise ValueError(f"--{name} {value}: not one of {', '.join(choices)}")
+        if self.finetune and self.eval_every:
+            raise ValueError("--finetune comes after the pre-training: leave out --eval-every")
 
 
 RECIPES = {  # what differs from Args, by domain and flags; where two rows fit, the later holds
@@ -479,7 +481,7 @@ def begin_run(out, config):
         out.mkdir(parents=True, exist_ok=True)
         save(json.dumps(config, indent=2) + "\n", path)
         return
-    was = json.loads(path.read_text())
+    was = asdict(Args()) | json.loads(path.read_text())
     may_change = "data_dir device compile out resume eval_every torch labels".split()
     for name in config:
         if name in may_change or name.startswith(("linear_", "finetune")):
@@ -573,12 +575,10 @@ def main(argv=None):
         if rank == 0:
             weights = {name: tensor.cpu() for name, tensor in encoder.state_dict().items()}
             save(weights, out / "encoder.pt")
-            name = "result"
-            if args.labels is not None:
-                name += f"-labels{args.labels:g}"
-            if args.finetune:
-                name += "-finetune"
-            save(json.dumps(evaluate(), indent=2) + "\n", out / f"{name}.json")
+            labels = f"-labels{args.labels:g}" if args.labels else ""
+            finetune = "-finetune" if args.finetune else ""
+            path = out / f"result{labels}{finetune}.json"
+            save(json.dumps(evaluate(), indent=2) + "\n", path)
     except ValueError as error:
         fail(error)
     except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:

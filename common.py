@@ -102,7 +102,7 @@ def split(x, y, test_share):
     return x_train, y_train, x_test, y_test
 
 
-def subset(x, y, size, flag="--train-size"):
+def subset(x, y, size):
     """A stratified subset of size training examples, the same at every call; None: all of them."""
     if size in (None, len(y)):
         return x, y
@@ -110,9 +110,9 @@ def subset(x, y, size, flag="--train-size"):
         return split(x, y, len(y) - size)[:2]
     except ValueError:
         classes = len(np.unique(y))
-        raise DataError(f"{flag}: {size:,} of the {len(y):,} training examples: give {classes} to "
-                        f"{len(y) - classes:,}, with two examples or more of each class, or leave "
-                        "it out") from None
+        raise DataError(f"--train-size {size} of the {len(y):,} training examples: give {classes} "
+                        f"to {len(y) - classes:,}, with two examples or more of each class, or "
+                        "leave it out") from None
 
 
 def progress(text):
@@ -160,15 +160,18 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0, labe
     for both; fewer training examples are one batch, and lr shrinks with it. BatchNorm is in eval
     mode, everything in float32. The training features are cached; where they are of random views
     (images), these are drawn anew each epoch, and train_accuracy is of the last. labels: the share
-    of the training examples to use, stratified; default: all. finetune_lr: trains a copy of the
-    encoder along, in training mode, at this learning rate per 256 examples. Afterwards the encoder,
-    its modes and the random number generators are as before. Returns {"test_accuracy",
-    "train_accuracy" (both in [0, 1]), "protocol", "seconds"}.
+    of the training examples to use, stratified, the same at every call; default: all. finetune_lr:
+    not frozen, but a copy of the encoder is trained along, in training mode, at this learning rate
+    per 256 examples. Afterwards the encoder, its modes and the random number generators are as
+    before. Returns {"test_accuracy", "train_accuracy" (both in [0, 1]), "protocol", "seconds"}.
     """
     start, device = time.monotonic(), data.x_train.device
     x, y = data.x_train, data.y_train
     if labels is not None:
-        kept, _ = subset(np.arange(len(y)), y.cpu().numpy(), round(labels * len(y)), "--labels")
+        try:
+            kept = split(np.arange(len(y)), y.cpu().numpy(), 1 - labels)[0]
+        except ValueError as error:
+            raise DataError(f"--labels {labels:g}: {error}: give another share") from None
         x, y = x[kept], y[kept]
     if len(x) < batch_size:
         batch_size, lr = len(x), lr * len(x) / batch_size
@@ -177,7 +180,7 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0, labe
     view = data.eval_view or data.plain
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        features = encode(model, view, x)
+        features = encode(model, view, x if finetune_lr is None else x[:1])
         classifier = nn.Linear(features.shape[1], data.num_classes, device=device)
         nn.init.normal_(classifier.weight, std=0.01)
         nn.init.zeros_(classifier.bias)

@@ -67,7 +67,8 @@ def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None, y=None):
         logits = f @ f_tilde.T / temperature  # s(f_i, f~_n) / tau  (N, N)
         log_p = F.log_softmax(logits, dim=1)  # over the classes n  (N, N)
         y = torch.arange(len(f), device=f.device) if y is None else y  # each its own class
-        v = F.normalize((y[:, None] == y).float(), p=1, dim=1)  # v_in, which sum to 1  (N, N)
+        same = (y[:, None] == y).float()  # [y_n = y_i]  (N, N)
+        v = same / same.sum(1, keepdim=True)  # v_in, shared by i's class  (N, N)
         loss = -(v * log_p).sum(1)  # l(x_i, v_i)  (N,)
         if perm is not None:
             loss_j = -(v[perm] * log_p).sum(1)  # l(x_i, v_j)  (N,)
@@ -136,12 +137,12 @@ class Args:
     linear_lr: float = flag(10.0, "its learning rate", 1e-12)
     linear_batch_size: int = flag(512, "its batch size", 1, 1e6)
     labels: float = flag(None, "share of the training labels that it uses; default: all", 1e-12, 1)
-    finetune: bool = flag(False, "it trains the encoder along")
+    finetune: bool = flag(False, "it trains a copy of the encoder along with the classifier")
     finetune_lr: float = flag(0.05, "--finetune: the encoder's rate per 256 examples", 1e-12)
 
     dataset: str = flag("covtype", "covtype, digits, or the path of a CSV file")
     data_dir: str = flag("data", "where covtype lies, or is downloaded to")
-    label_column: str = flag(None, "CSV: the labels, for the linear evaluation alone")
+    label_column: str = flag(None, "CSV: the labels, for evaluation and --supervised")
     test_share: float = flag(0.2, "CSV: share of the rows to test on", 1e-12, 1)
     standardize: str = flag("train", "with the mean of which rows", choices=["train", "all"])
     device: str = flag("auto", "auto (CUDA, else the CPU), cpu, cuda, cuda:1, mps")
@@ -158,6 +159,10 @@ class Args:
                 raise ValueError(f"--{name} {value}: not from {low:g} to below {below:g}")
             if choices and value not in choices:
                 raise ValueError(f"--{name} {value}: not one of {', '.join(choices)}")
+        if self.finetune and self.eval_every:
+            raise ValueError("--finetune comes after the pre-training: leave out --eval-every")
+        if self.supervised and self.labels:
+            raise ValueError("--labels: the supervised loss sees all labels: leave out one of both")
 
 
 # ---------------------------------------------------------------------------- pre-training
@@ -271,7 +276,7 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
             if args.supervised:
                 if not rest:
                     raise ValueError("the supervised loss needs a loader of (x, x_tilde, y)")
-                y = rest[0].to(device, non_blocking=True)  # (N,)
+                y = rest[0].to(device, non_blocking=True).view(len(x))  # (N,)
             N = len(x)
             lr = learning_rate((epoch - 1) * steps + i, steps, args) * N / 256
             optimizer.param_groups[0]["lr"] = lr
@@ -358,7 +363,7 @@ def begin_run(out, config):
         out.mkdir(parents=True, exist_ok=True)
         save(json.dumps(config, indent=2) + "\n", path)
         return
-    was = json.loads(path.read_text())
+    was = asdict(Args()) | json.loads(path.read_text())
     may_change = "data_dir device compile out resume eval_every torch labels".split()
     for name in config:
         if name in may_change or name.startswith(("linear_", "finetune")):
@@ -442,12 +447,10 @@ def main(argv=None):
         if rank == 0:
             weights = {name: tensor.cpu() for name, tensor in encoder.state_dict().items()}
             save(weights, out / "encoder.pt")
-            name = "result"
-            if args.labels is not None:
-                name += f"-labels{args.labels:g}"
-            if args.finetune:
-                name += "-finetune"
-            save(json.dumps(evaluate(), indent=2) + "\n", out / f"{name}.json")
+            labels = f"-labels{args.labels:g}" if args.labels else ""
+            finetune = "-finetune" if args.finetune else ""
+            path = out / f"result{labels}{finetune}.json"
+            save(json.dumps(evaluate(), indent=2) + "\n", path)
     except ValueError as error:
         fail(error)
     except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:

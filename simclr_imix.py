@@ -9,7 +9,7 @@ https://arxiv.org/abs/2010.08887
     python simclr_imix.py --loss barlow-twins                   # or triplet, dare
     python simclr_imix.py --supervised                          # N-pair + i-Mix with labels
     python simclr_imix.py --alpha 0 --loss supcon               # SupCon
-    python simclr_imix.py --resume --labels 0.1 --finetune      # evaluates a finished run anew
+    python simclr_imix.py --resume --labels 0.1 --finetune      # evaluates a finished run again
     python simclr_imix.py --arch resnet18 --mix cutmix
     python simclr_imix.py --dataset speech_commands             # speech, its recipe
     python simclr_imix.py --dataset my_images --arch resnet18   # your own: CLASS/* or WORD/*.wav
@@ -110,7 +110,8 @@ def n_pair_loss(f, f_tilde, temperature, perm=None, lam=None, y=None):
         logits = f @ f_tilde.T / temperature  # s(f_i, f~_n) / tau  (N, N)
         log_p = F.log_softmax(logits, dim=1)  # over the classes n  (N, N)
         y = torch.arange(len(f), device=f.device) if y is None else y  # each its own class
-        v = F.normalize((y[:, None] == y).float(), p=1, dim=1)  # v_in, which sum to 1  (N, N)
+        same = (y[:, None] == y).float()  # [y_n = y_i]  (N, N)
+        v = same / same.sum(1, keepdim=True)  # v_in, shared by i's class  (N, N)
         loss = -(v * log_p).sum(1)  # l(x_i, v_i)  (N,)
         if perm is not None:
             loss_j = -(v[perm] * log_p).sum(1)  # l(x_i, v_j)  (N,)
@@ -128,12 +129,14 @@ def nt_xent_loss(f, f_tilde, temperature, y=None):
     with torch.autocast(f.device.type, enabled=False):  # bf16 would round s / tau away
         f = F.normalize(torch.cat([f, f_tilde]).float(), dim=1)  # (2N, D)
         logits = f @ f.T / temperature  # s(f_i, f_k) / tau  (2N, 2N)
-        logits = logits.fill_diagonal_(-1e9)  # k != i; not -inf, which times 0 is no number
+        lowest = torch.finfo(logits.dtype).min  # not -inf, which times 0 is no number
+        logits = logits.fill_diagonal_(lowest)  # k != i
         log_p = F.log_softmax(logits, dim=1)  # over the classes k  (2N, 2N)
         y = torch.arange(len(f_tilde), device=f.device) if y is None else y
         y = y.repeat(2)  # of both views
-        v = (y[:, None] == y).float().fill_diagonal_(0)  # the views that are i's positives
-        return -(F.normalize(v, p=1, dim=1) * log_p).sum(1).mean()
+        positive = (y[:, None] == y).float().fill_diagonal_(0)  # [y_k = y_i], k != i  (2N, 2N)
+        v = positive / positive.sum(1, keepdim=True)
+        return -(v * log_p).sum(1).mean()
 
 
 def triplet_loss(f, f_tilde, margin, perm=None, lam=None, y=None):
@@ -143,6 +146,7 @@ def triplet_loss(f, f_tilde, margin, perm=None, lam=None, y=None):
     [margin + |f_i - f~_p|^2 - |f_i - f~_n|^2]_+ of normalised embeddings, p the farthest view of
     i's class and n the nearest of another. Which triplet is the hardest is not linear in the label:
     i-Mix here is a definition, lambda times the loss of i's class plus (1 - lambda) times j's.
+    Returns the batch mean, which is 0 where all are of one class.
     """
     with torch.autocast(f.device.type, enabled=False):  # in float32
         f = F.normalize(f.float(), dim=1)
@@ -182,11 +186,12 @@ def barlow_twins_loss(f, f_tilde, off_diagonal, perm=None, lam=None):
 
 
 def dare_loss(f, f_tilde, temperature, distance_weight, perm=None, lam=None, y=None):
-    """DARe: N-pair of samples of Gaussians, plus distance_weight times the distance of each pair.
+    """DARe (Tomer and Sharma, a student report, 2025): N-pair of samples of Gaussians, and their
+    distance, (mu - mu~)^2 / (8 m) + 1/2 log(m / (sigma sigma~)) with m = (sigma^2 + sigma~^2) / 2.
 
-    f, f_tilde: (N, 2D), mu and log sigma^2 of each view's Gaussian. Its authors call the distance
-    Jensen-Shannon's; it is Bhattacharyya's, here the mean over dimensions. Both terms are linear in
-    the virtual label, so i-Mix is exact; y as for n_pair_loss, of the first term alone.
+    f, f_tilde: (N, 2D), mu and log sigma^2 of each view's Gaussian. The report calls the distance
+    Jensen-Shannon's; it is Bhattacharyya's. Its mean over dimensions counts distance_weight times.
+    Both terms are linear in the virtual label, so i-Mix is exact; y: of the first term alone.
     """
     with torch.autocast(f.device.type, enabled=False):  # in float32
         mu, log_var = f.float().chunk(2, dim=1)  # (N, D) each
@@ -268,7 +273,7 @@ class Args:
 
     alpha: float = flag(1.0, "lambda ~ Beta(alpha, alpha); 0: without i-Mix", 0, 1e6)
     mix: str = flag("mixup", "how i-Mix mixes", choices=["mixup", "cutmix"])
-    loss: str = flag("n-pair", "nt-xent: SimCLR's own; the others are further ones",
+    loss: str = flag("n-pair", "nt-xent, supcon: with --alpha 0; supcon: with labels",
                      choices=list(LOSSES))
     supervised: bool = flag(False, "n-pair, triplet, dare: all views of a class are positives")
     temperature: float = flag(0.2, "tau; n-pair, nt-xent, supcon, dare", 1e-12)
@@ -294,7 +299,7 @@ class Args:
     linear_lr: float = flag(10.0, "its learning rate", 1e-12)
     linear_batch_size: int = flag(256, "its batch size", 1, 1e6)
     labels: float = flag(None, "share of the training labels that it uses; default: all", 1e-12, 1)
-    finetune: bool = flag(False, "it trains the encoder along")
+    finetune: bool = flag(False, "it trains a copy of the encoder along with the classifier")
     finetune_lr: float = flag(0.05, "--finetune: the encoder's rate per 256 examples", 1e-12)
 
     dataset: str = flag("cifar10", "cifar10, cifar100, digits, speech_commands, or a folder")
@@ -316,10 +321,14 @@ class Args:
                 raise ValueError(f"--{name} {value}: not from {low:g} to below {below:g}")
             if choices and value not in choices:
                 raise ValueError(f"--{name} {value}: not one of {', '.join(choices)}")
+        if self.finetune and self.eval_every:
+            raise ValueError("--finetune comes after the pre-training: leave out --eval-every")
+        if self.supervised and self.labels:
+            raise ValueError("--labels: the supervised loss sees all labels: leave out one of both")
         if not LOSSES[self.loss].mixes and self.alpha > 0:
             instead = "--loss n-pair" + (" --supervised" if self.loss == "supcon" else "")
-            raise ValueError(f"--loss {self.loss} has no labels to mix: give --alpha 0 too, or "
-                             f"for i-Mix {instead}")
+            raise ValueError(f"--loss {self.loss} has no i-Mix, as each view has classes of its "
+                             f"own: give --alpha 0 too, or take {instead}")
         if self.supervised and LOSSES[self.loss].labels == "no":
             raise ValueError(f"--supervised: --loss {self.loss} takes no classes: leave it out, or "
                              "take --loss supcon or n-pair")
@@ -409,11 +418,12 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
     """Pre-train encoder and head, in place, on the device that they are on; returns the log.
 
     loader: has a len(), yields (x, x_tilde): two float views (N, ...) of a batch, N always the
-    same; with args.supervised also y (N,), class indices. args: read from alpha to seed. out: Path
-    of an existing folder for checkpoint.pt and log.csv; if it holds a checkpoint, training resumes
-    from it, and torch is seeded in each epoch, so that this is exact. evaluate(): called every
-    args.eval_every epochs. Under torchrun every process gets the same batches, weights and out.
-    Raises FloatingPointError once loss or weights are no longer finite.
+    same; with args.supervised also y (N,), class indices. head: to D embeddings, for DARe to 2 D.
+    args: read from alpha to seed. out: Path of an existing folder for checkpoint.pt and log.csv; if
+    it holds a checkpoint, training resumes from it, and torch is seeded in each epoch, so that this
+    is exact. evaluate(): called every args.eval_every epochs. Under torchrun every process gets the
+    same batches, weights and out. Raises FloatingPointError once loss or weights are no longer
+    finite.
     """
     device = next(encoder.parameters()).device
     steps = len(loader)  # an epoch
@@ -449,7 +459,7 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
             if args.supervised:
                 if not rest:
                     raise ValueError("the supervised loss needs a loader of (x, x_tilde, y)")
-                y = rest[0].to(device, non_blocking=True)  # (N,)
+                y = rest[0].to(device, non_blocking=True).view(len(x))  # (N,)
             N = len(x)
             lr = learning_rate((epoch - 1) * steps + i, steps, args) * N / 256
             optimizer.param_groups[0]["lr"] = lr
@@ -532,7 +542,7 @@ def parse_args(argv, find_domain):
     try:
         dataset = given.get("dataset", Args.dataset)
         domain = find_domain(dataset, ["image", "speech"])
-        active = {domain, f"--dataset {dataset}", f"--loss {given.get('loss')}"}
+        active = {domain, f"--dataset {dataset}", f"--loss {given.get('loss', Args.loss)}"}
         if given.get("alpha") == 0:
             active.add("--alpha 0")
         recipe = {}
@@ -551,7 +561,7 @@ def begin_run(out, config):
         out.mkdir(parents=True, exist_ok=True)
         save(json.dumps(config, indent=2) + "\n", path)
         return
-    was = json.loads(path.read_text())
+    was = asdict(Args()) | json.loads(path.read_text())
     may_change = "data_dir device compile out resume eval_every torch labels".split()
     for name in config:
         if name in may_change or name.startswith(("linear_", "finetune")):
@@ -637,12 +647,10 @@ def main(argv=None):
         if rank == 0:
             weights = {name: tensor.cpu() for name, tensor in encoder.state_dict().items()}
             save(weights, out / "encoder.pt")
-            name = "result"
-            if args.labels is not None:
-                name += f"-labels{args.labels:g}"
-            if args.finetune:
-                name += "-finetune"
-            save(json.dumps(evaluate(), indent=2) + "\n", out / f"{name}.json")
+            labels = f"-labels{args.labels:g}" if args.labels else ""
+            finetune = "-finetune" if args.finetune else ""
+            path = out / f"result{labels}{finetune}.json"
+            save(json.dumps(evaluate(), indent=2) + "\n", path)
     except ValueError as error:
         fail(error)
     except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:

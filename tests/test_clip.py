@@ -65,10 +65,11 @@ def test_the_readmes_clip_tells_combinations_never_seen(monkeypatch):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     seen = [pair for pair in PAIRS if pair not in NEVER_SEEN]
-    images, captions = examples(seen, 80, rng)
+    images, captions = examples(seen, 60, rng)
     new_images, truth = examples(NEVER_SEEN, 50, rng)
     classes = examples(PAIRS, 1, rng)[1]
     names = {"images": images, "captions": captions, "new_images": new_images, "classes": classes}
     exec(block, names)
     right = [classes[i] == caption for i, caption in zip(names["guess"], truth)]
+    print(f"{sum(right) / len(right):.1%} of images of combinations never seen are named right")
     assert sum(right) / len(right) > 0.8  # chance is 0.03

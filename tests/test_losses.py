@@ -208,7 +208,9 @@ def test_barlow_twins_is_lightlys():
 @pytest.mark.parametrize("options, instead", [
     ({"loss": "nt-xent"}, "--loss n-pair"), ({"loss": "supcon"}, "--loss n-pair --supervised"),
     ({"loss": "nt-xent", "alpha": 0.0, "supervised": True}, "--loss supcon"),
-    ({"loss": "barlow-twins", "supervised": True}, "leave it out")])
+    ({"loss": "barlow-twins", "supervised": True}, "leave it out"),
+    ({"supervised": True, "labels": 0.1}, "--labels"),
+    ({"finetune": True, "eval_every": 2}, "--eval-every")])
 def test_what_does_not_go_together_is_refused(options, instead):
     with pytest.raises(ValueError, match=instead):
         simclr.Args(**options)
@@ -218,6 +220,7 @@ def test_recipes_of_the_losses():
     def args(*flags):
         return simclr.parse_args(list(flags), common.domain)[0]
 
+    assert args().temperature == 0.2 and args().dim == 128
     assert args("--loss", "supcon", "--alpha", "0").temperature == 0.1
     assert args("--loss", "supcon", "--alpha", "0").supervised
     assert args("--loss", "barlow-twins").dim == 2048
