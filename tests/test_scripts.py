@@ -198,7 +198,7 @@ def test_a_folder_called_as_a_recipe_is_not_taken_for_it(tmp_path, monkeypatch):
 
 
 FLAGS = ("--alpha 0.7 --epochs 7 --lr 0.5 --weight-decay 0.01 --warmup-epochs 1 --amp bf16 "
-         "--compile --seed 5 --eval-every 3 --linear-epochs 9 --linear-lr 0.6 "
+         "--compile --seed 5 --linear-epochs 9 --linear-lr 0.6 "
          "--linear-batch-size 30 --labels 0.5 --finetune --finetune-lr 0.04 --dim 32 "
          "--no-augment").split()
 OWN = {npair_tabular: "--temperature 0.3 --mask 0.3",
@@ -310,7 +310,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path):
     assert process.returncode == 130 and error.count("\n") == 1 and "--resume" in error
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [npair_tabular, simclr_imix, moco_imix])
 def test_a_finished_run_serves_further_evaluations(tmp_path, script):
     """Of few labels, and with the encoder trained along: each has its own result."""
     run = [*small(script), "--epochs", "1", "--out", str(tmp_path)]
@@ -459,7 +459,7 @@ def test_bad_input_ends_a_process_without_a_traceback(tmp_path):
 
 # ----------------------------------------------------------------------- each file on its own
 OF_TABLE = "x, encoder, size = torch.randn(256, 6), mine.MLP5Layer([4, 2], width=2), 64"
-OF_IMAGES = "x, encoder, size = torch.randn(64, 3, 8, 8), mine.resnet('resnet18', 3, 8), 512"
+OF_IMAGES = "x, encoder, size = torch.randn(32, 3, 8, 8), mine.resnet('resnet18', 3, 8), 512"
 
 
 @pytest.mark.parametrize("script, networks", [

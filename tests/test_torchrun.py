@@ -133,7 +133,7 @@ def children(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes by /proc")
 @pytest.mark.parametrize("script, flags", [
-    (npair_tabular, "--epochs 50"), *([
+    (npair_tabular, "--epochs 20"), *([
         (simclr_imix, "--epochs 4"), (moco_imix, "--epochs 40 --queue 1000"),
         (byol_imix, "--epochs 40")] if KILLS > 2 else [])])
 def test_two_processes_killed_and_resumed(tmp_path, script, flags):
