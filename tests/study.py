@@ -200,15 +200,13 @@ def table(accuracy):
 
 def losses_table(accuracy):
     """The table of the losses on digits, of {run: test accuracy}; "" where there is none yet."""
-    lines = []
+    lines = ["| flags | seeds | without i-Mix | with i-Mix |", "| --- | --- | --- | --- |"]
     for row in LOSSES:
         if found := pairs(row, accuracy):
             cells = [mean(values) for values in zip(*found)]
             with_imix = "" if len(cells) == 1 else cells[1]
             lines.append(f"| `{row.flags}` | {len(found)} | {cells[0]} | {with_imix} |")
-    if lines:
-        lines = ["| flags | seeds | without i-Mix | with i-Mix |", "| --- | --- | --- | --- |", *lines]
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 # ---------------------------------------------------------------------------- pictures
