@@ -233,14 +233,14 @@ def pictures(accuracy):
 
 def svg(panels):
     """Line plots over epochs, side by side, of panels (title, {label: [(x, y), ...]})."""
-    colours, width, height = ["#888888", "#d62728", "#1f77b4"], 300, 220  # of a panel, in pixels
+    colours, width, height = ["#888888", "#d62728", "#1f77b4"], 380, 220  # of a panel, in pixels
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * len(panels)}" '
              f'height="{height}" font-family="sans-serif" font-size="11">',
              '<rect width="100%" height="100%" fill="white"/>']
     for panel, (title, curves) in enumerate(panels):
         x_ticks = ticks([0] + [x for points in curves.values() for x, _ in points])
         y_ticks = ticks([y for points in curves.values() for _, y in points])
-        left, right, top, bottom = 45, width - 15, 25, height - 35
+        left, right, top, bottom = 45, width - 95, 25, height - 35
 
         def at(x, y):
             across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
@@ -259,10 +259,13 @@ def svg(panels):
             x = at(tick, y_ticks[0])[0]
             parts.append(f'<text x="{x}" y="{bottom + 15}" text-anchor="middle">{tick:g}</text>')
         for number, ((label, points), colour) in enumerate(zip(curves.items(), colours)):
-            line = " ".join(f"{x},{y}" for x, y in (at(*point) for point in points))
+            points = [at(*point) for point in points]
+            line = " ".join(f"{x},{y}" for x, y in points)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" '
-                         f'stroke-width="1.5"/><text x="{right}" y="{top + 14 * (number + 1)}" '
-                         f'text-anchor="end" fill="{colour}">{label}</text>')
+                         f'stroke-width="1.5"/><text x="{right + 10}" '
+                         f'y="{top + 14 * (number + 1)}" fill="{colour}">{label}</text>')
+            if len(points) < 10:
+                parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in points]
         parts.append("</g>")
     return "\n".join([*parts, "</svg>", ""])
 
