@@ -404,7 +404,7 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
             optimizer.param_groups[0]["lr"] = lr
             n = N // world
             rows = slice(rank * n, (rank + 1) * n)  # of the batch's, those that this process embeds
-            if args.inputmix:  # before anything else, and without touching the labels
+            if args.inputmix:  # before i-Mix, the labels untouched; alpha as published
                 x, x_tilde = inputmix(x, alpha=1.0), inputmix(x_tilde, alpha=1.0)
 
             # i-Mix: the anchors are mixed, never the views that they are compared with.

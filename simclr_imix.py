@@ -195,14 +195,14 @@ def dare_loss(f, f_tilde, temperature, distance_weight, perm=None, lam=None, y=N
     """
     with torch.autocast(f.device.type, enabled=False):  # in float32
         mu, log_var = f.float().chunk(2, dim=1)  # (N, D) each
-        mu_tilde, log_var_tilde = f_tilde.float().chunk(2, dim=1)
+        mu_tilde, log_var_tilde = f_tilde.float().chunk(2, dim=1)  # (N, D) each
         z = mu + (log_var / 2).exp() * torch.randn_like(mu)  # mu + sigma eps
         z_tilde = mu_tilde + (log_var_tilde / 2).exp() * torch.randn_like(mu)
 
         def distance(mu_tilde, log_var_tilde):  # of each anchor to these  (N,)
             m = (log_var.exp() + log_var_tilde.exp()) / 2
-            log_sigmas = (log_var + log_var_tilde) / 2  # log(sigma sigma~)
-            d = (mu - mu_tilde).square() / (8 * m) + (m.log() - log_sigmas) / 2
+            log_sigmas = (log_var + log_var_tilde) / 2  # log(sigma sigma~)  (N, D)
+            d = (mu - mu_tilde).square() / (8 * m) + (m.log() - log_sigmas) / 2  # (N, D)
             return d.mean(1)
 
         d = distance(mu_tilde, log_var_tilde)
@@ -465,7 +465,7 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
             optimizer.param_groups[0]["lr"] = lr
             n = N // world
             rows = slice(rank * n, (rank + 1) * n)  # of the batch's, those that this process embeds
-            if args.inputmix:  # before anything else, and without touching the labels
+            if args.inputmix:  # before i-Mix, the labels untouched; alpha as published
                 x, x_tilde = inputmix(x, alpha=1.0), inputmix(x_tilde, alpha=1.0)
 
             # i-Mix: the anchors are mixed, never the views that they are compared with.

@@ -63,25 +63,17 @@ def test_mocos_own_loss_and_gradient_equal_its_equation(temperature):
     assert f_ema.grad is None and queue.grad is None
 
 
-def test_mocos_own_loss_stays_float32_under_autocast():
+@pytest.mark.parametrize("loss", [moco.moco_loss, moco.moco_own_loss])
+def test_losses_stay_float32_under_autocast(loss):
     f, f_ema = torch.randn(2, 8, 16)
     queue = F.normalize(torch.randn(32, 16), dim=1)
     with torch.autocast("cpu", torch.bfloat16):
-        autocast = moco.moco_own_loss(f, f_ema, queue, 0.2)
+        autocast = loss(f, f_ema, queue, 0.2)
     assert autocast.dtype == torch.float32
-    assert torch.equal(autocast, moco.moco_own_loss(f, f_ema, queue, 0.2))
-
-
-def test_loss_stays_float32_under_autocast():
-    f, f_ema = torch.randn(2, 8, 16)
-    queue = F.normalize(torch.randn(32, 16), dim=1)
-    with torch.autocast("cpu", torch.bfloat16):
-        autocast = moco.moco_loss(f, f_ema, queue, 0.2)
-    assert autocast.dtype == torch.float32
-    assert torch.equal(autocast, moco.moco_loss(f, f_ema, queue, 0.2))
+    assert torch.equal(autocast, loss(f, f_ema, queue, 0.2))
     f, f_ema = f.bfloat16(), f_ema.bfloat16()  # as the networks return them under autocast
-    as_float = moco.moco_loss(f.float(), f_ema.float(), queue, 0.2)
-    assert torch.equal(moco.moco_loss(f, f_ema, queue, 0.2), as_float)
+    as_float = loss(f.float(), f_ema.float(), queue, 0.2)
+    assert torch.equal(loss(f, f_ema, queue, 0.2), as_float)
 
 
 @pytest.mark.parametrize("n, k", [(4, 12), (4, 4), (5, 12), (12, 5), (1, 3)])
