@@ -214,6 +214,8 @@ class Args:
     linear_lr: float = flag(10.0, "its learning rate", 1e-12)
     linear_batch_size: int = flag(256, "its batch size", 1, 1e6)
     labels: float = flag(None, "share of the training labels that it uses; default: all", 1e-12, 1)
+    probe: str = flag(None, "its classifier; default: sgd, for one's own data logistic regression",
+                      choices=["sgd", "logistic"])
     finetune: bool = flag(False, "it trains a copy of the encoder along with the classifier")
     finetune_lr: float = flag(0.05, "--finetune: the encoder's rate per 256 examples", 1e-12)
 
@@ -224,8 +226,11 @@ class Args:
     speech_version: str = flag("v0.01", "of Speech Commands", choices=["v0.01", "v0.02"])
     label_column: str = flag(None, "CSV: the labels, for the linear evaluation alone")
     test_share: float = flag(0.2, "CSV: share of the rows to test on", 1e-12, 1)
+    missing: str = flag("refuse", "CSV: values that are missing", choices=["refuse", "impute"])
     standardize: str = flag("train", "with the mean of which rows", choices=["train", "all"])
     device: str = flag("auto", "auto (CUDA, else the CPU), cpu, cuda, cuda:1, mps")
+    embed: str = flag(None, "with --out, a finished run: embed the new examples in this path")
+    all_features: bool = flag(False, "features.npz of more than 100,000 test examples, too")
     out: str = flag(None, "run folder; default: runs/SCRIPT-DATASET-alphaA-seedS")
     resume: bool = flag(False, "go on with the run in the run folder, if there is one")
 
@@ -237,12 +242,15 @@ class Args:
             low, below, choices = (f.metadata[key] for key in ("low", "below", "choices"))
             if f.type in (int, float) and value is not None and not low <= value < below:
                 raise ValueError(f"--{name} {value}: not from {low:g} to below {below:g}")
-            if choices and value not in choices:
+            if choices and value not in (*choices, f.default):
                 raise ValueError(f"--{name} {value}: not one of {', '.join(choices)}")
+        if self.finetune and self.probe == "logistic":
+            raise ValueError("--finetune trains by SGD: leave out --probe logistic")
         if self.finetune and self.eval_every:
             raise ValueError("--finetune comes after the pre-training: leave out --eval-every")
 
 
+NAMED = "covtype digits cifar10 cifar100 speech_commands".split()
 RECIPES = {  # what differs from Args, by domain and flags; where two rows fit, the later holds
     "speech": {"epochs": 500, "schedule": "step"},
     "table": {"alpha": 2.0, "epochs": 500, "batch_size": 512, "mask": 0.0,
@@ -252,6 +260,7 @@ RECIPES = {  # what differs from Args, by domain and flags; where two rows fit, 
     "--dataset cifar10, --alpha 0": {"epochs": 1000},
     "--dataset cifar100": {"epochs": 4000},
     "--dataset cifar100, --alpha 0": {"epochs": 1000},
+    "own data": {"batch_size": None, "width": None},  # by the data's size
 }
 
 
@@ -460,6 +469,8 @@ def parse_args(argv, find_domain):
         dataset = given.get("dataset", Args.dataset)
         domain = find_domain(dataset, ["image", "speech", "table"])
         active = {domain, f"--dataset {dataset}"}
+        if dataset not in NAMED:
+            active.add("own data")
         if given.get("alpha") == 0:
             active.add("--alpha 0")
         recipe = {}
@@ -482,13 +493,22 @@ def begin_run(out, config):
         save(json.dumps(config, indent=2) + "\n", path)
         return
     was = asdict(Args()) | json.loads(path.read_text())
-    may_change = "data_dir device compile out resume eval_every torch labels".split()
+    may_change = ("data_dir device compile out resume eval_every torch labels probe all_features "
+                  "linear_epochs linear_lr linear_batch_size finetune finetune_lr").split()
     for name in config:
-        if name in may_change or name.startswith(("linear_", "finetune")):
+        if name in may_change:
             continue
         if was.get(name) != config[name]:
             fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, "
                  "or take another --out")
+
+
+def make_encoder(data, arch, width):
+    """The encoder for a Dataset of common.py: MLP5Layer for tables, else a ResNet."""
+    if data.groups:
+        return MLP5Layer(data.groups, width)
+    encoder = resnet(arch, *data.plain(data.x_train[:1]).shape[1:3])
+    return encoder.to(memory_format=torch.channels_last)  # fastest for convolutions
 
 
 def main(argv=None):
@@ -499,7 +519,7 @@ def main(argv=None):
     out = Path(args.out or f"runs/{run}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     begun = (out / "config.json").exists() or (out / "checkpoint.pt").exists()
-    if rank == 0 and begun and not args.resume:
+    if rank == 0 and begun and not (args.resume or args.embed):
         fail(f"{out} holds a run: --resume goes on with it, --out takes another folder")
 
     # One device, or under torchrun each process's own.
@@ -516,8 +536,12 @@ def main(argv=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 stays float32
-    if args.batch_size % world:
-        fail(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes")
+    if args.embed:
+        try:
+            return common.embed(args.embed, out, device, lambda data, was:
+                                make_encoder(data, was["arch"], was["width"]))
+        except (OSError, ValueError) as error:
+            fail(error)
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
@@ -527,11 +551,16 @@ def main(argv=None):
 
     try:
         data = common.load(domain, args, device)
+        args.batch_size = args.batch_size or common.batch_size_for(data)
+        args.width = args.width or common.width_for(data)
+        if args.batch_size % world:
+            fail(f"--batch-size {args.batch_size} can't be shared evenly by {world} processes")
         if args.batch_size > len(data.x_train):
             fail(f"--batch-size {args.batch_size}: there are {len(data.x_train)} training examples")
         if rank == 0:
             config = asdict(args) | {"device": str(device), "torch": torch.__version__}
             begin_run(out, config | {"data_digest": data.digest()})
+            save(json.dumps(data.spec, indent=2) + "\n", out / "data.json")
     except (OSError, ValueError) as error:
         fail(error)
     if rank == 0 and world > 1:
@@ -539,18 +568,16 @@ def main(argv=None):
     if not (out / "config.json").exists():
         fail(f"{out} is not seen by all processes: give them a folder in common")
     print(f"{args.dataset}: {len(data.x_train):,} examples to train on, {len(data.x_test):,} to "
-          f"test, {data.num_classes} classes; {world} x {device}; {out}")
+          f"test, {data.num_classes} classes; batches of {args.batch_size}; {world} x {device}; "
+          f"{out}", flush=True)
     if world > 1 and device.type == "cpu":
         print("on the CPU, BatchNorm sees each process's own rows, not the whole batch")
 
     torch.manual_seed(args.seed)
+    encoder = make_encoder(data, args.arch, args.width)
+    size = 2048 if args.arch == "resnet50" else 512  # of a representation
     if domain == "table":
-        size = 32 * args.width  # of a representation
-        encoder = MLP5Layer(data.groups, args.width)
-    else:
-        size = 2048 if args.arch == "resnet50" else 512
-        encoder = resnet(args.arch, *data.plain(data.x_train[:1]).shape[1:3])
-        encoder = encoder.to(memory_format=torch.channels_last)  # fastest for convolutions
+        size = 32 * args.width
     head, predictor = projection_head(size, args.dim), prediction_head(args.dim, size)
     if domain != "table":
         predictor = predictor[:-1]  # the recipe of images and speech ends without BatchNorm
@@ -560,12 +587,11 @@ def main(argv=None):
     view = data.plain if args.no_augment else data.view
     loader = common.TwoViews(data.x_train, view, args.batch_size)
 
-    def evaluate():
-        finetune_lr = args.finetune_lr if args.finetune else None
-        result = common.linear_eval(encoder, data, args.linear_epochs, args.linear_batch_size,
-                                    args.linear_lr, args.seed, args.labels, finetune_lr)
-        print(f"test accuracy {result['test_accuracy']:.4f}, "
-              f"train accuracy {result['train_accuracy']:.4f}; {out}", flush=True)
+    untrained = copy.deepcopy(encoder)
+
+    def evaluate(untrained=None):
+        result = common.evaluate(encoder, data, args, untrained)
+        print(f"{common.in_words(result, data)}; {out}", flush=True)
         return result
 
     try:
@@ -578,7 +604,8 @@ def main(argv=None):
             labels = f"-labels{args.labels:g}" if args.labels else ""
             finetune = "-finetune" if args.finetune else ""
             path = out / f"result{labels}{finetune}.json"
-            save(json.dumps(evaluate(), indent=2) + "\n", path)
+            save(json.dumps(evaluate(untrained), indent=2) + "\n", path)
+            common.save_features(out / "features.npz", encoder, data, untrained, args.all_features)
     except ValueError as error:
         fail(error)
     except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:

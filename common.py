@@ -6,13 +6,17 @@
     result = linear_eval(encoder, data)              # {"test_accuracy": ..., ...}
 """
 
+import collections
 import contextlib
 import copy
 import glob
+import gzip
 import hashlib
 import io
+import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -31,9 +35,12 @@ import torch.nn.functional as F
 import torchaudio
 import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import fetch_covtype, load_digits
+from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 
@@ -46,10 +53,15 @@ class Dataset:
     """A data set, whole, on the training device.
 
     x_train, x_test: raw examples: rows (n, columns) float32, images (n, C, H, W) uint8, or clips
-    (n, samples) int16. y_train, y_test: (n,) int64 class indices. view: raw batch -> one random
-    float32 view of it. plain: raw batch -> the float32 input. eval_view: raw batch -> the view of
-    the training examples in the linear evaluation, where that is not plain. groups: tables only,
-    the number of columns in each column group, in column order.
+    (n, samples) int16. y_train, y_test: (n,), their labels: int64 class indices, or float32
+    numbers to predict; -1 or NaN: it has none. num_classes: 0 where there are no classes. view:
+    raw batch -> one random float32 view of it. plain: raw batch -> the float32 input. eval_view:
+    raw batch -> the view of the training examples in the linear evaluation, where that is not
+    plain. groups: tables only, the number of columns in each column group, in column order.
+    labelled: so many of the training examples, the first, have labels; None: all. spec: what
+    reading further examples takes, as data.json has it. order: (n_train + n_test,), the place of
+    each example in the file or in names, the names of files; -1: none. probe: the usual classifier
+    of the evaluation, sgd or logistic.
     """
 
     x_train: torch.Tensor
@@ -61,10 +73,18 @@ class Dataset:
     plain: Callable[[torch.Tensor], torch.Tensor]
     eval_view: Callable[[torch.Tensor], torch.Tensor] | None = None
     groups: list[int] | None = None
+    labelled: int | None = None
+    spec: dict | None = None
+    order: np.ndarray | None = None
+    names: np.ndarray | None = None
+    probe: str = "sgd"
 
     def digest(self):
-        """A short SHA-256 of the training examples, to tell whether a data set has changed."""
-        return hashlib.sha256(self.x_train.cpu().contiguous().numpy()).hexdigest()[:16]
+        """A short SHA-256 of the examples, their labels and names, to tell other data by."""
+        digest = hashlib.sha256(json.dumps(self.spec).encode())
+        for tensor in (self.x_train, self.y_train, self.x_test, self.y_test):
+            digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
 
 
 class TwoViews:
@@ -93,26 +113,38 @@ class TwoViews:
 
 
 def split(x, y, test_share):
-    """Split x and class indices y, stratified and the same at every call, into training and test.
+    """Split x in two, for training and test, the same at every call; stratified by y, if any."""
+    return train_test_split(x, test_size=test_share, stratify=y, random_state=0)
 
-    Returns x_train, y_train, x_test, y_test.
-    """
-    parts = train_test_split(x, y, test_size=test_share, stratify=y, random_state=0)
-    x_train, x_test, y_train, y_test = parts
-    return x_train, y_train, x_test, y_test
+
+def labelled_first(train, y):
+    """The training rows, those that have a label first, and how many these are."""
+    known = y[train] >= 0 if y.dtype == np.int64 else np.isfinite(y[train])
+    return np.concatenate([train[known], train[~known]]), int(known.sum())
 
 
 def subset(x, y, size):
-    """A stratified subset of size training examples, the same at every call; None: all of them."""
+    """A stratified subset of size of the training rows x, the same at every call; None: all."""
     if size in (None, len(y)):
-        return x, y
+        return x
     try:
-        return split(x, y, len(y) - size)[:2]
+        return split(x, y, len(y) - size)[0]
     except ValueError:
         classes = len(np.unique(y))
         raise DataError(f"--train-size {size} of the {len(y):,} training examples: give {classes} "
                         f"to {len(y) - classes:,}, with two examples or more of each class, or "
                         "leave it out") from None
+
+
+def one_line(error):
+    """What an exception says, without line breaks; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def quote(text):
+    """A name or value for a message: quoted, without line breaks, and not too long."""
+    text = str(text)
+    return repr(text if len(text) <= 60 else text[:60] + "...")
 
 
 def progress(text):
@@ -127,14 +159,15 @@ def domain(dataset, known):
     digits are a table where tables are known, else images.
     """
     is_file = dataset.endswith((".csv", ".csv.gz")) or os.path.isfile(dataset)
+    recordings = (glob.iglob(depth + WAV, root_dir=dataset) for depth in ("", "*/", "*/*/"))
     if dataset == "covtype" or is_file or (dataset == "digits" and "table" in known):
         found = "table"
-    elif dataset == "speech_commands" or any(glob.iglob(f"*/{WAV}", root_dir=dataset)):
+    elif dataset == "speech_commands" or any(map(any, recordings)):
         found = "speech"
     else:
         found = "image"
     if found not in known:
-        raise DataError(f"--dataset {dataset} is {found} data, and this script takes "
+        raise DataError(f"--dataset {quote(dataset)} is {found} data, and this script takes "
                         f"{' and '.join(known)} data: take one of the other scripts")
     return found
 
@@ -143,11 +176,100 @@ def load(domain, args, device):
     """The Dataset, of that domain, that a script's flags name."""
     source = args.dataset, args.data_dir, device
     if domain == "table":
-        return load_table(*source, mask=args.mask, standardize=args.standardize,
-                          label_column=args.label_column, test_share=args.test_share)
-    if domain == "speech":
-        return load_speech(*source, version=args.speech_version, train_size=args.train_size)
-    return load_images(*source, image_size=args.image_size, train_size=args.train_size)
+        data = load_table(*source, mask=args.mask, standardize=args.standardize,
+                          label_column=args.label_column, test_share=args.test_share,
+                          missing=args.missing)
+    elif domain == "speech":
+        data = load_speech(*source, version=args.speech_version, train_size=args.train_size)
+    else:
+        data = load_images(*source, image_size=args.image_size, train_size=args.train_size)
+    if getattr(args, "supervised", False) and (not data.num_classes or
+                                               data.labelled < len(data.y_train)):
+        raise DataError("--supervised needs the class of every training example")
+    return data
+
+
+def batch_size_for(data):
+    """A batch size for data of one's own: up to the published one, so that an epoch has 4 steps."""
+    largest = 512 if data.groups else 256
+    return min(largest, max(2, 2 ** int(math.log2(max(len(data.x_train) / 4, 2)))))
+
+
+def width_for(data):
+    """A width of the encoder for a table of one's own: w = 8, or 32 from 100,000 rows on."""
+    return 8 if len(data.x_train) < 100_000 else 32
+
+
+def load_new(path, spec, device):
+    """New rows, images or recordings, read as data.json says: a Dataset's x_train, order, names."""
+    path, names = Path(path), None
+    if spec["domain"] != "table":
+        what, types = {"image": ("images", IMAGES), "speech": ("recordings", (".wav",))}[
+            spec["domain"]]
+        names = np.array([path.name])
+        folder = path.parent
+        if not path.is_file():
+            folder, names = path, list_examples(path, types, what)[0]
+    if spec["domain"] == "speech":
+        x, plain = torch.tensor(read_clips(folder, names), device=device), plain_speech
+    elif spec["domain"] == "image":
+        x = read_images(folder, names, spec["image_size"], len(spec["mean"]))
+        x, to_input = torch.tensor(x, device=device), input_of(spec, device)
+
+        def plain(x):
+            return to_input(x / 255)
+    else:
+        x, plain = standardized(read_new_rows(path, spec), spec, device), lambda x: x
+    y = torch.full([len(x)], -1)
+    return Dataset(x, y, x[:0], y[:0], 0, plain, plain, groups=spec.get("groups"), spec=spec,
+                   order=np.arange(len(x)), names=names)
+
+
+def embed(path, out, device, make_encoder):
+    """Write features-NAME.npz: the new examples at path, embedded by the finished run in out.
+
+    make_encoder(data, config): the encoder for this Dataset, of the run with this config.json.
+    """
+    if not (out / "encoder.pt").exists():
+        raise DataError(f"--embed: {out} holds no finished run: give its folder with --out")
+    config, spec = (json.loads((out / name).read_text()) for name in ("config.json", "data.json"))
+    data = load_new(path, spec, device)
+    encoder = make_encoder(data, config).to(device)
+    encoder.load_state_dict(torch.load(out / "encoder.pt", map_location=device, weights_only=True))
+    features = out / f"features-{Path(path).stem}.npz"
+    save_features(features, encoder, data)
+    print(f"{features}: the representations of {len(data.x_train):,} examples")
+
+
+def save_features(path, encoder, data, untrained=None, all_test=True):
+    """Write the representations of plain examples into an .npz file, in the data's order.
+
+    features (n, size) float32; row (n,), of the table from 0, or name, of the file; test (n,), was
+    it a test example; label (n,), and the classes that it counts; untrained (n, size), by that
+    encoder. Without all_test, test examples are left out where they are more than 100,000.
+    """
+    parts, n = [data.x_train], len(data.x_train)
+    if all_test or len(data.x_test) <= 100_000:
+        parts.append(data.x_test)
+
+    def features(encoder):
+        return torch.cat([encode(encoder, data.plain, x) for x in parts]).cpu().numpy()
+
+    arrays = {"features": features(encoder)}
+    order = data.order[: len(arrays["features"])]
+    if untrained is not None:
+        arrays["untrained"] = features(untrained)
+    arrays["test"] = np.arange(len(order)) >= n
+    arrays["label"] = torch.cat([data.y_train, data.y_test])[: len(order)].cpu().numpy()
+    arrays["row" if data.names is None else "name"] = (
+        order if data.names is None else np.array(data.names)[order])
+    kept = order.argsort()
+    kept = kept[order[kept] >= 0]
+    arrays = {name: array[kept] for name, array in arrays.items()}
+    part = path.with_suffix(".tmp")
+    with open(part, "wb") as file:
+        np.savez(file, **arrays, classes=np.array(data.spec["classes"], str))
+    os.replace(part, path)
 
 
 # ---------------------------------------------------------------------------- linear evaluation
@@ -166,13 +288,9 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0, labe
     before. Returns {"test_accuracy", "train_accuracy" (both in [0, 1]), "protocol", "seconds"}.
     """
     start, device = time.monotonic(), data.x_train.device
-    x, y = data.x_train, data.y_train
-    if labels is not None:
-        try:
-            kept = split(np.arange(len(y)), y.cpu().numpy(), 1 - labels)[0]
-        except ValueError as error:
-            raise DataError(f"--labels {labels:g}: {error}: give another share") from None
-        x, y = x[kept], y[kept]
+    if not data.num_classes:
+        raise DataError("--probe sgd and --finetune need classes, not numbers to predict")
+    x, y = few_labels(data, labels)
     if len(x) < batch_size:
         batch_size, lr = len(x), lr * len(x) / batch_size
     modes = [module.training for module in encoder.modules()]
@@ -223,6 +341,83 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0, labe
             "protocol": protocol, "seconds": round(time.monotonic() - start, 1)}
 
 
+def few_labels(data, labels):
+    """The labelled training examples and their labels; of these a share, unless labels is None."""
+    x, y = data.x_train[: data.labelled], data.y_train[: data.labelled]
+    if labels is None:
+        return x, y
+    try:
+        classes = y.cpu().numpy() if data.num_classes else None
+        kept = split(np.arange(len(y)), classes, 1 - labels)[0]
+    except ValueError as error:
+        raise DataError(f"--labels {labels:g}: {error}: give another share") from None
+    return x[kept], y[kept]
+
+
+def sklearn_eval(encoder, data, labels=None):
+    """Test accuracy of scikit-learn's logistic regression on the frozen encoder's features.
+
+    Features are of plain examples, in eval mode, standardised. Where labels are numbers it is
+    ridge regression, its penalty chosen by leave-one-out, and {"test_r2", "train_r2"} are R^2.
+    labels and what is returned otherwise: as of linear_eval.
+    """
+    start = time.monotonic()
+    x, y = few_labels(data, labels)
+    modes = [module.training for module in encoder.modules()]
+    x, x_test = (encode(encoder, data.plain, part).cpu().numpy() for part in (x, data.x_test))
+    for module, mode in zip(encoder.modules(), modes):
+        module.training = mode
+    y, y_test = y.cpu().numpy(), data.y_test.cpu().numpy()
+    model, name, score = LogisticRegression(max_iter=1000), "logistic regression", "accuracy"
+    if not data.num_classes:
+        model, name, score = RidgeCV(np.logspace(-3, 5, 17)), "ridge regression", "r2"
+    with warnings.catch_warnings(action="ignore"):  # after 1,000 iterations
+        model = make_pipeline(StandardScaler(), model).fit(x, y)
+    return {f"test_{score}": model.score(x_test, y_test), f"train_{score}": model.score(x, y),
+            "protocol": f"scikit-learn's {name} on standardised frozen features, {len(x)} labels",
+            "seconds": round(time.monotonic() - start, 1)}
+
+
+def evaluate(encoder, data, args, untrained=None):
+    """The evaluation that a script's flags ask for, as of linear_eval, or of sklearn_eval.
+
+    With the untrained encoder given, also of the raw input and of that encoder, by the same
+    classifier, so that what was gained is seen. Without labels there is none.
+    """
+    if not len(data.y_test) or not (data.num_classes or data.y_test.is_floating_point()):
+        return {"protocol": "none, for want of labels"}
+    probe = args.probe or ("sgd" if args.finetune else data.probe)
+
+    def result_of(encoder, finetune_lr=None):
+        if probe == "logistic":
+            return sklearn_eval(encoder, data, args.labels)
+        return linear_eval(encoder, data, args.linear_epochs, args.linear_batch_size,
+                           args.linear_lr, args.seed, args.labels, finetune_lr)
+
+    finetune_lr = args.finetune_lr if args.finetune else None
+    result = result_of(encoder, finetune_lr)
+    if untrained is not None:
+        score = next(iter(result))  # test_accuracy or test_r2
+        result[f"raw_{score}"] = result_of(nn.Flatten())[score]
+        result[f"untrained_{score}"] = result_of(untrained, finetune_lr)[score]
+    return result
+
+
+def in_words(result, data):
+    """A line about an evaluation's result."""
+    score = next(iter(result))
+    if score == "protocol":
+        return f"evaluation: {result['protocol']}"
+    name = {"test_accuracy": "accuracy", "test_r2": "R^2"}[score]
+    beside = ""
+    if f"raw_{score}" in result:
+        raw = {"table": "raw columns", "image": "pixels", "speech": "log-mel"}[data.spec["domain"]]
+        beside = (f" ({raw} {result[f'raw_{score}']:.4f}, untrained encoder "
+                  f"{result[f'untrained_{score}']:.4f})")
+    return (f"test {name} {result[score]:.4f}{beside}, train {name} "
+            f"{result[score.replace('test', 'train')]:.4f}")
+
+
 @torch.no_grad()
 def encode(encoder, view, x):
     """The features (n, feature size) of these views of raw examples x, the encoder in eval mode."""
@@ -232,45 +427,71 @@ def encode(encoder, view, x):
 
 # ---------------------------------------------------------------------------- tables
 COVTYPE_TRAIN, COVTYPE_TEST = 15_120, 565_892  # rows
+MISSING = {"", "?", "na", "n/a", "#n/a", "nan", "-nan", "null", "none", "<na>"}  # in lower case
+GROUPED = r"[1-9]\d{0,2}([%s '’\u00a0\u202f]\d{3})+"  # 30,000
+NUMBERS = {  # how numbers are written, by their decimal sign
+    point: re.compile(rf"[-+]?(({GROUPED % comma}|\d+)([{point}]\d*)?|[{point}]\d+)(e[-+]?\d+)?|"
+                      "[-+]?inf(inity)?", re.IGNORECASE) for point, comma in (".,", ",.")}
+SIGNED = re.compile(r"([-+]?)\s*([$€£¥%]?)\s*(.*?)\s*([$€£¥%]?)", re.DOTALL)  # -$5, 12 %
+DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?|\d{1,2}:\d\d(:\d\d.*)?|"
+                  r"(\d{1,2}\W+)?(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\W.*\d.*",
+                  re.IGNORECASE)
+ID_NAME = re.compile(r"(.*[_ .-])?(id|index|idx|key|uuid|guid|row|nr|no|number)|.*[a-z]I[dD]|"
+                     r"unnamed: \d+|column \d+", re.IGNORECASE)
 
 
 def load_table(dataset, data_dir, device, *, mask=0.2, standardize="train", label_column=None,
-               test_share=0.2):
+               test_share=0.2, missing="refuse"):
     """Load 'covtype', 'digits' or the CSV file at the path `dataset` onto `device`, as a Dataset.
 
     mask: the probability that a view zeroes a continuous value (after standardising, zero is its
     mean). standardize: whose mean and standard deviation count, the 'train' rows' or 'all' rows'.
-    label_column, test_share: how to read a CSV file. Raises DataError on data that is missing or
-    can't be used.
+    label_column (None: no labels), test_share, missing ('refuse' or 'impute'): how to read a CSV
+    file. Raises DataError on data that is missing or can't be used.
     """
+    spec = {"domain": "table", "columns": None}
     if dataset == "covtype":
-        table = read_covtype(Path(data_dir))
+        x, y = read_covtype(Path(data_dir))
+        train, test = np.split(np.arange(len(x)), [COVTYPE_TRAIN])
+        spec |= {"groups": [10, 4, 40], "classes": [str(i) for i in range(1, 8)]}
+        continuous = 10
     elif dataset == "digits":
         x, y = load_digits(return_X_y=True)
-        table = (*split(x, y, 0.2), [64], 64)
+        train, test = split(np.arange(len(x)), y, 0.2)
+        spec |= {"groups": [64], "classes": [str(i) for i in range(10)]}
+        continuous = 64
     else:
-        table = read_csv(Path(dataset), label_column, test_share)
-    x_train, y_train, x_test, y_test, groups, continuous = table
+        x, y, train, test, found = read_csv(Path(dataset), label_column, test_share, missing)
+        spec |= found
+        continuous = [column["kind"] for column in spec["columns"]].count("number")
 
-    rows = x_train if standardize == "train" else np.concatenate([x_train, x_test])
+    train, labelled = labelled_first(train, y)
+    rows = x[train] if standardize == "train" else x
     mean, std = rows[:, :continuous].mean(axis=0), rows[:, :continuous].std(axis=0)
     std[std == 0] = 1  # constant in these rows, as the digits' corner pixels are
-    for x in (x_train, x_test):
-        x[:, :continuous] = (x[:, :continuous] - mean) / std
+    spec |= {"mean": mean.tolist(), "std": std.tolist()}
 
     def view(x):
         keep = torch.rand(len(x), continuous, device=x.device) >= mask
         return torch.cat([x[:, :continuous] * keep, x[:, continuous:]], dim=1)
 
-    x_train, x_test = (torch.tensor(x, dtype=torch.float32, device=device)
-                       for x in (x_train, x_test))
-    num_classes = int(max(y_train.max(), y_test.max())) + 1
-    y_train, y_test = (torch.tensor(y, dtype=torch.int64, device=device) for y in (y_train, y_test))
-    return Dataset(x_train, y_train, x_test, y_test, num_classes, view, lambda x: x, groups=groups)
+    x_train, x_test = (standardized(x[part], spec, device) for part in (train, test))
+    y_train, y_test = (torch.tensor(y[part], device=device) for part in (train, test))
+    probe = "logistic" if spec["columns"] else "sgd"
+    return Dataset(x_train, y_train, x_test, y_test, len(spec["classes"]), view, lambda x: x,
+                   groups=spec["groups"], labelled=labelled, spec=spec,
+                   order=np.concatenate([train, test]), probe=probe)
+
+
+def standardized(x, spec, device):
+    """Rows x (n, columns), the first ones by the means and deviations of data.json, in float32."""
+    continuous = len(spec["mean"])
+    x[:, :continuous] = (x[:, :continuous] - spec["mean"]) / spec["std"]
+    return torch.tensor(x, dtype=torch.float32, device=device)
 
 
 def read_covtype(data_dir):
-    """UCI Covertype in its original order: the first 15,120 rows to train on, the rest to test.
+    """UCI Covertype in its original order, 15,120 rows to train on first: x (n, 54) and classes y.
 
     Read from data_dir in any form that UCI ships or people keep, else downloaded there by
     scikit-learn, which checks the digest. The training rows hold each class 2,160 times. Copyright
@@ -287,9 +508,7 @@ def read_covtype(data_dir):
                 x, y = fetch_covtype(data_home=data_dir, return_X_y=True)
             rows = np.column_stack([x, y])
         else:
-            first = pd.read_csv(path, header=None, nrows=1, dtype=str).iat[0, 0]
-            header = None if first[0].isdigit() else 0
-            rows = pd.read_csv(path, header=header, dtype=np.float64).to_numpy(copy=True)
+            rows = read_numbers(path)
     except Exception as error:  # no network, a file cut short, text in it
         what = f"{path} can't be read"
         if path is None:
@@ -300,100 +519,446 @@ def read_covtype(data_dir):
         raise DataError(f"{path or data_dir} is not UCI's CovType in its original order, which has "
                         "581,012 rows of 55 columns, each class alike often in the first 15,120, "
                         f"but {rows.shape[0]:,} rows of {rows.shape[1]}: {remedy}")
-    x, y = rows[:, :54], rows[:, 54].astype(np.int64) - 1
-    n = COVTYPE_TRAIN
-    return x[:n], y[:n], x[n:], y[n:], [10, 4, 40], 10
+    return rows[:, :54], rows[:, 54].astype(np.int64) - 1
 
 
-def one_line(error):
-    """What an exception says, without line breaks; its type where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+def read_numbers(path):
+    """A CSV file of nothing but numbers, with or without a header line: (n, columns) float64."""
+    first = pd.read_csv(path, header=None, nrows=1, dtype=str).iat[0, 0]
+    header = None if first[0].isdigit() else 0
+    return pd.read_csv(path, header=header, dtype=np.float64).to_numpy(copy=True)
 
 
-def read_csv(path, label_column, test_share):
+def read_csv(path, label_column, test_share, missing):
     """A table of one's own, CSV or CSV.gz with a header line, split with a fixed seed.
 
-    Numeric columns are standardised, those with two values kept as they are, text columns made
-    one-hot; a column that is constant or only counts the rows is left out, with a note. Rows are
-    counted from 1, below the header.
+    Returns x (n, columns), y (n,), the training and the test rows, and data.json's part. Prints
+    what was read. Rows are counted from 1, below the header.
     """
-    def refuse(what):
-        raise DataError(f"{path}: {what}")
+    frame, separator = read_cells(path)
+    y, classes, about = read_labels(path, frame, label_column)
+    rows, n = labelled_first(np.arange(len(y)), y)
+    known, train, test = rows[:n], rows, rows[:0]
+    if n:
+        try:
+            train, test = split(known, y[known] if classes else None, test_share)
+        except ValueError as error:  # too few rows for the classes
+            raise DataError(f"{path}: {error}: add rows or change --test-share") from None
+        train = np.concatenate([train, rows[n:]])
+    columns, left_out = describe_columns(path, frame, separator, train, missing)
+    if not columns:
+        raise DataError(f"{path}: no column is left beside the labels {quote(label_column)}")
+    x, groups = code_rows(path, frame, columns)
 
+    kinds = [column["kind"] for column in columns]
+    told = {"numbers": kinds.count("number"), "two-valued": kinds.count("binary"),
+            "categories": kinds.count("category"), "indicators": kinds.count("missing")}
+    parts = [f"{len(y):,} rows", *(f"{n} {kind}" for kind, n in told.items() if n), about]
+    commas = [quote(column["name"]) for column in columns if column.get("decimal") == ","]
+    if commas:
+        parts.append(f"decimal commas in {', '.join(commas)}")
+    if left_out:
+        parts.append("left out " + ", ".join(f"{quote(name)} ({why})"
+                                             for name, why in left_out.items()))
+    print(f"{path}: {'; '.join(parts)}", flush=True)
+    ignored = [*left_out, *filter(None, [label_column])]
+    return x, y, train, test, {"columns": columns, "groups": groups, "classes": classes,
+                               "ignored": ignored}
+
+
+def read_new_rows(path, spec):
+    """New rows of the table that data.json is of: x (n, columns) float64, not yet standardised."""
+    if spec["columns"] is None:  # of CovType or digits
+        n = sum(spec["groups"])
+        try:
+            x = read_numbers(path)
+        except Exception as error:
+            raise DataError(f"{path} can't be read as numbers ({one_line(error)})") from None
+        if x.shape[1] not in (n, n + 1):
+            raise DataError(f"{path} has {x.shape[1]} columns, and in training there were {n}, and "
+                            "the labels after them")
+        return x[:, :n]
+    frame, _ = read_cells(path)
+    names = {column["name"] for column in spec["columns"]}
+    if missing := names.difference(frame.columns):
+        raise DataError(f"{path}: the column {quote(min(missing))} of the training is missing")
+    if further := set(frame.columns).difference(names, spec["ignored"]):
+        raise DataError(f"{path}: the column {quote(min(further))} was not there in training: "
+                        "remove it")
+    return code_rows(path, frame, spec["columns"])[0]
+
+
+def read_cells(path):
+    """A CSV file's cells, as text without blanks around it, and its separator.
+
+    That is the commonest of comma, semicolon and tab in the header line.
+    """
+    compression = "gzip" if path.suffix == ".gz" else None
     try:
-        frame = pd.read_csv(path, keep_default_na=False, na_values=[""], low_memory=False)
-    except Exception as error:  # not there, a folder, not text, cut short, ragged
+        with (gzip.open if compression else open)(path, "rb") as file:
+            head = file.read(1 << 16)
+        encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        header = head.decode(encoding, "ignore").partition("\n")[0]
+        separator = max(",;\t", key=header.count)
+        cells = pd.read_csv(path, header=None, dtype=object, keep_default_na=False, sep=separator,
+                            encoding=encoding, compression=compression)
+    except UnicodeError:
+        raise DataError(f"{path} can't be read as CSV in UTF-8 or UTF-16: convert it, as by `iconv "
+                        "-f latin1 -t utf-8`") from None
+    except Exception as error:  # not there, a folder, cut short, ragged
         raise DataError(f"{path} can't be read as CSV ({one_line(error)}): --dataset takes "
                         "covtype, digits, or a CSV file with a header line") from None
-    if label_column not in frame:
-        hint = f"there is no column '{label_column}'"
-        if label_column is None:
-            hint = "say which column holds the labels with --label-column"
-        refuse(f"{hint}; its columns are: {', '.join(map(str, frame.columns))}")
-    if not isinstance(frame.index, pd.RangeIndex):
-        refuse("the rows have more fields than the header line: give each column a name")
-    if frame.empty:
-        refuse("no rows below the header line")
-    for column in frame:
-        if (missing := frame[column].isna()).any():
-            refuse(f"column '{column}', row {missing.argmax() + 1}: the value is missing: fill it "
-                   "in, or remove the row or the column")
+    short = cells.isna().any(axis=1)
+    if short.any():
+        raise DataError(f"{path}, row {short.argmax()}: it has fewer fields than the header line")
+    for column in cells:
+        codes, texts = pd.factorize(cells[column])
+        cells[column] = np.array([text.strip() for text in texts], object)[codes]
+    names = [name or f"column {i}" for i, name in enumerate(cells.iloc[0], 1)]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{path}: {names.count(name)} columns are called {quote(name)}: rename "
+                            "or remove all but one")
+    if len(cells) == 1:
+        raise DataError(f"{path}: no rows below the header line")
+    return cells[1:].set_axis(names, axis=1).reset_index(drop=True), separator
 
-    labels = frame.pop(label_column)
-    classes, y, counts = np.unique(labels.to_numpy(), return_inverse=True, return_counts=True)
+
+def read_labels(path, frame, label_column):
+    """Take the labels out of a table's frame: y (n,), the classes, and what is to be said of them.
+
+    y: int64, indices of the classes, -1 where the label is missing; or float32, NaN where missing,
+    if these are numbers to predict, which have no classes: more than 20 different ones that are not
+    all whole, or have less than ten rows each.
+    """
+    none = np.full(len(frame), -1), []
+    if label_column is None:
+        return *none, "no --label-column, so no evaluation"
+    if label_column not in frame:
+        names = ", ".join(map(quote, frame.columns[:100]))
+        raise DataError(f"{path}: no column {quote(label_column)}; its columns are: {names}")
+    labels = frame.pop(label_column).to_numpy(str)
+    known = ~is_missing(labels)
+    about = f"labels {quote(label_column)}"
+    if not known.all():
+        about += f", missing in {(~known).sum():,} rows, which only train"
+    classes, y, counts = np.unique(labels[known], return_inverse=True, return_counts=True)
+    numbers = pd.to_numeric(pd.Series(classes), errors="coerce").to_numpy()
     if len(classes) < 2:
-        refuse(f"column '{label_column}' holds one class, '{classes[0]}': give rows of two or more")
+        return *none, f"{about}: one value, so no evaluation"
+    are_numbers = np.isfinite(numbers).all()
+    is_target = are_numbers and not tells_the_row(label_column, numbers[y])
+    if len(classes) == known.sum() and not is_target:
+        return *none, f"{about}: another in every row, so no evaluation"
+    if are_numbers:
+        whole = (numbers % 1 == 0).all()
+        if len(classes) > (max(20, known.sum() / 10) if whole else 20):
+            y_numbers = np.full(len(frame), np.nan, np.float32)
+            y_numbers[known] = numbers[y]
+            return y_numbers, [], f"{about}: numbers, evaluated by ridge regression"
+        order = numbers.argsort(kind="stable")  # 2 before 10
+        classes, counts, y = classes[order], counts[order], order.argsort()[y]
     if counts.min() < 2:
         once = classes[counts.argmin()]
-        refuse(f"column '{label_column}', row {(labels == once).argmax() + 1}: the label '{once}' "
-               "is seen only once, and a class needs a row to train on and one to test: remove the "
-               "row or merge the label into another")
+        raise DataError(f"{path}: column {quote(label_column)}, row {(labels == once).argmax() + 1}"
+                        f": the label {quote(once)} is seen only once, and a class needs a row to "
+                        "train on and one to test: remove the row or merge the label into another")
+    indices = np.full(len(frame), -1)
+    indices[known] = y
+    return indices, classes.tolist(), f"{about}: {in_classes(classes, counts)}"
 
-    numbers, binaries, one_hots, left_out = [], [], [], []
-    for column, values in frame.items():
-        different = values.nunique()
-        if different == 1:
-            left_out.append(f"'{column}' (constant)")
-        elif pd.api.types.is_numeric_dtype(values):
-            bad = ~(values.astype(np.float64).abs() <= np.finfo(np.float32).max)
-            if bad.any():
-                row = bad.argmax()
-                refuse(f"column '{column}', row {row + 1}: {values[row]} is not a finite number of "
-                       "single precision: correct it, or remove the row or the column")
-            if different == len(values) > 2 and pd.api.types.is_integer_dtype(values) and \
-                    values.max() - values.min() == len(values) - 1:
-                left_out.append(f"'{column}' (counts the rows)")
-            else:
-                (binaries if different == 2 else numbers).append(values.to_numpy(np.float64))
+
+def in_classes(classes, counts):
+    """How many classes there are, and where these are few, of how many examples each."""
+    if len(classes) > 12:
+        return f"{len(classes)} classes"
+    return ", ".join(f"{quote(name)} {n:,}" for name, n in zip(classes, counts))
+
+
+def holds(texts, test):
+    """For which texts of a column test(text) is true: (n,) bool."""
+    codes, different = pd.factorize(texts)
+    return np.array([bool(test(text)) for text in different], bool)[codes]
+
+
+def is_missing(texts):
+    """Which of the texts of a column stand for a missing value: (n,) bool."""
+    return holds(texts, lambda text: text.lower() in MISSING)
+
+
+def describe_columns(path, frame, separator, train, missing):
+    """How data.json has each column read, and {name: why} of those left out.
+
+    {"name", "kind": "number"}, to be standardised; "binary" with its two "values", 0 and 1;
+    "category" with its "values", one-hot. "decimal" and "unit" stand where texts are read as
+    numbers. With missing="impute", "fill" is the training rows' median or most frequent value, and
+    where one is missing {"name", "kind": "missing"} tells it. Left out is what is constant in the
+    training rows, and what tells the row rather than the thing.
+    """
+    columns, left_out = [], {}
+    formats = {name: number_format(cells[~is_missing(cells)]) for name, cells in frame.items()}
+    in_file = {decimal for decimal, _ in formats.values() if len(decimal) == 1}
+    for name, cells in frame.items():
+        absent = is_missing(cells)
+        if absent.all():
+            left_out[name] = "empty"
+            continue
+        column = {"name": name}
+        decimal, unit = formats[name]
+        if not decimal:
+            refuse_text(path, name, cells[~absent])
         else:
-            not_numbers = pd.to_numeric(values, errors="coerce").isna()
-            if 0 < not_numbers.mean() < 0.5:
-                row = not_numbers.argmax()
-                refuse(f"column '{column}', row {row + 1}: '{values[row]}' is not a number, and "
-                       "most of the column is: correct it, or remove the row or the column")
-            if different > 256 or different == len(values):
-                refuse(f"column '{column}', row 1 and on: {different:,} different texts are too "
-                       "many for one-hot: remove the column, or group its values")
-            one_hots.append(pd.get_dummies(values).to_numpy(np.float64))
-    if left_out:
-        print(f"{path}: left out {', '.join(left_out)}", flush=True)
-    if not numbers + binaries + one_hots:
-        refuse(f"no column is left beside the labels '{label_column}'")
-    x = np.column_stack(numbers + binaries + one_hots)
+            if len(decimal) == 2 and len(in_file) == 1:  # 1,234 is as the file's other columns say
+                decimal = min(in_file)
+            elif len(decimal) == 2 and separator != "," and cells.str.contains(",").any():
+                refuse_cell(path, name, 0, cells, "may have a decimal comma or thousands")
+            column |= {"decimal": decimal[0], "unit": unit}
+        if missing == "impute":
+            column["fill"] = None
+        elif absent.any():
+            refuse_cell(path, name, absent.argmax(), cells, "is a missing value (--missing impute)")
+        values = read_values(path, column, cells)
+        known, different = values[train][~absent[train]], np.unique(values[~absent])
+        if decimal and len(known) and np.ptp(known) <= 1e-12 * abs(known).max():
+            different = different[:1]  # but for rounding
+        if len(known) == 0 or len(different) == 1 or len(np.unique(known)) == 1:
+            left_out[name] = "constant in the training rows"
+            continue
+        if len(different) == 2:
+            column |= {"kind": "binary", "values": different.tolist()}
+        elif not decimal:
+            if len(different) > 256 or len(different) == len(cells):
+                refuse_cell(path, name, 0, cells, f"is one of {len(different):,} different texts, "
+                            "which are too many for one-hot")
+            column |= {"kind": "category", "values": different.tolist()}
+        elif tells_the_row(name, values):
+            left_out[name] = "tells the row: shuffle the rows to keep it"
+            continue
+        else:
+            column["kind"] = "number"
+        if missing == "impute":
+            commonest = pd.Series(known).mode()[0]
+            column["fill"] = float(np.median(known)) if column["kind"] == "number" else commonest
+        columns.append(column)
+        if absent[train].any():
+            columns.append({"name": name, "kind": "missing"})
+    return columns, left_out
+
+
+def code_rows(path, frame, columns):
+    """A table's frame as data.json's columns say: x (n, columns) float64, not yet standardised.
+
+    Numbers come first, then what is 0 or 1, then each category. Returns the sizes of these groups,
+    too. A value that was not seen in training is refused, as by scikit-learn's OneHotEncoder.
+    """
+    numbers, binaries, one_hots = [], [], []
+    for column in columns:
+        name, kind = column["name"], column["kind"]
+        cells = frame[name]
+        absent = is_missing(cells)
+        if kind == "missing":
+            binaries.append(absent)
+            continue
+        if absent.any() and "fill" not in column:
+            refuse_cell(path, name, absent.argmax(), cells, "is a missing value")
+        values = read_values(path, column, cells)
+        if absent.any():
+            values[absent] = column["fill"]
+        if kind == "number":
+            numbers.append(values)
+            continue
+        codes = pd.Index(column["values"]).get_indexer(values)
+        if (codes < 0).any():
+            refuse_cell(path, name, (codes < 0).argmax(), cells, "was not seen in training")
+        if kind == "binary":
+            binaries.append(codes)
+        else:
+            one_hots.append(np.eye(len(column["values"]))[codes])
+    x = np.column_stack(numbers + binaries + one_hots).astype(np.float64)
     sizes = [len(numbers), len(binaries), *(one_hot.shape[1] for one_hot in one_hots)]
+    return x, [size for size in sizes if size]
+
+
+def read_values(path, column, cells):
+    """A column's texts (n,) as they are, or as float64, NaN where missing, if it is of numbers."""
+    if "decimal" not in column:
+        return cells.to_numpy(object, copy=True)
+    decimal = column["decimal"]
+    other = {".": ",", ",": "."}[decimal]
+    codes, texts = pd.factorize(cells)
+    values = np.full(len(texts), np.nan)
+    for i in np.flatnonzero(~is_missing(texts)):
+        number, unit = bare_number(texts[i])
+        if unit == column["unit"] and NUMBERS[decimal].fullmatch(number):
+            values[i] = float(re.sub(f"[{other} '’\u00a0\u202f]", "", number).replace(decimal, "."))
+        if not abs(values[i]) <= np.finfo(np.float32).max:
+            refuse_cell(path, column["name"], (codes == i).argmax(), cells,
+                        "is not a finite number of single precision, as the others are")
+    return values[codes]
+
+
+def bare_number(text):
+    """A text without its unit, a currency or %, and that unit."""
+    sign, before, number, after = SIGNED.fullmatch(text.replace("\u2212", "-")).groups()
+    return sign + number, before + after
+
+
+def number_format(cells):
+    """How all of these texts are numbers: their possible decimal signs, "" if none, and unit."""
+    parts = [bare_number(text) for text in cells.unique()]
+    units = {unit for _, unit in parts}
+    if len(units) != 1:
+        return "", ""
+    signs = [sign for sign, pattern in NUMBERS.items()
+             if all(pattern.fullmatch(number) for number, _ in parts)]
+    return "".join(signs), min(units)
+
+
+def refuse_text(path, name, cells):
+    """Raise DataError where most of a column's texts are dates, or are numbers."""
+    dates = holds(cells, DATE.fullmatch)
+    if dates.mean() > 0.5:
+        refuse_cell(path, name, cells.index[dates.argmax()], cells,
+                    "is a date or a time: give numbers instead, as the days since the first")
+    numbers = holds(cells, lambda text: number_format(pd.Series([text]))[0])
+    if numbers.mean() > 0.5:
+        row = (~numbers).argmax()  # the first one where all are numbers, but written unlike
+        refuse_cell(path, name, cells.index[row], cells, "is written unlike the column's numbers")
+
+
+def refuse_cell(path, name, row, cells, what):
+    """Raise DataError on a column's text in a row, counted from 0."""
+    raise DataError(f"{path}: column {quote(name)}, row {row + 1}: {quote(cells[row])} {what}: "
+                    "correct it, or remove the row or the column")
+
+
+def tells_the_row(name, values):
+    """Whether numbers (n,) tell the row in the file, or its name, rather than the thing.
+
+    They do if they rise or fall from each row to the next and are whole or in equal steps, as an
+    index, with or without gaps; and by the name of an id, if all differ or stand in order.
+    """
+    steps = np.diff(values)
+    strict = (steps > 0).all() or (steps < 0).all()
+    in_order = (steps >= 0).all() or (steps <= 0).all()
+    whole = (values % 1 == 0).all()
+    even = np.ptp(steps) <= 1e-6 * abs(steps).max()
+    all_differ = len(np.unique(values)) == len(values)
+    is_id = ID_NAME.fullmatch(name) and whole and (all_differ or in_order)
+    return bool(strict and (whole or even) or is_id)
+
+
+# ---------------------------------------------------------------------------- files in folders
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
+          "val": "val", "valid": "val", "validation": "val"}
+
+
+def list_examples(path, types, what):
+    """The files of a folder that are examples: names below path, and a class and a part of each.
+
+    The class is the folder that a file lies in, at any depth, "" for files beside the classes'
+    folders. The part is "train" or "test", as of train/CLASS/* and test/CLASS/*, else "".
+    """
     try:
-        return *split(x, y, test_share), [size for size in sizes if size], len(numbers)
-    except ValueError as error:  # too few rows for the classes
-        refuse(f"{error}: add rows or change --test-share")
+        folders = visible(entry.name for entry in os.scandir(path) if entry.is_dir())
+        parts = {SPLITS.get(name.lower(), ""): name for name in folders} or {"": ""}
+        if "" in parts:  # a class may be called train
+            parts = {"": ""}
+        elif "train" not in parts:
+            raise DataError(f"{path}: {', '.join(folders)}, but no folder train: give one")
+        elif "val" in parts and parts.setdefault("test", parts["val"]) != parts["val"]:
+            print(f"{path}: {parts['val']} is left out, {parts['test']} is the test", flush=True)
+        found = [(part, *file) for part, root in parts.items() if part != "val"
+                 for file in list_files(path, root, types, what)]
+    except OSError as error:
+        raise DataError(f"{path} can't be read as a folder of {what} ({error.strerror}): --dataset "
+                        "takes a name (see --help), a CSV file, or a folder CLASS/* of images or "
+                        "WORD/*.wav") from None
+    if not found:
+        raise DataError(f"{path} holds no {what} that can be read ({' '.join(types)}): --dataset "
+                        "takes a name (see --help), a CSV file, or a folder")
+    parts, classes, names = map(np.array, zip(*found))
+    return names, classes, parts
+
+
+def list_files(path, root, types, what):
+    """[(class, name below path)] of the files of these types in path / root; others are counted."""
+    found, others, deep = [], collections.Counter(), 0
+    top = path / root
+    classes = visible(entry.name for entry in os.scandir(top) if entry.is_dir())
+    for name in ["", *classes]:
+        before, seen = len(found), set()
+        for folder, folders, files in os.walk(top / name, followlinks=True):
+            folders[:] = visible(folders) if name and os.path.realpath(folder) not in seen else []
+            seen.add(os.path.realpath(folder))  # a link may lead back
+            for file in visible(files):
+                full = os.path.join(folder, file)
+                if file.lower().endswith(types) and (os.path.isfile(full) or
+                                                     os.path.islink(full)):
+                    found.append((name, os.path.relpath(full, path)))
+                    deep += name != "" and folder != str(top / name)
+                elif name:
+                    others[os.path.splitext(file)[1] or file] += 1
+        if name and len(found) == before:
+            raise DataError(f"{top / name} holds no {what} that can be read ({' '.join(types)}): "
+                            "add some, or remove the folder")
+    if others:
+        kinds = ", ".join(f"{kind} {n:,}" for kind, n in others.most_common(5))
+        print(f"{top}: left out {others.total():,} files of other kinds ({kinds})", flush=True)
+    if deep:
+        print(f"{top}: {deep:,} of {len(found):,} {what} are in folders within their class's",
+              flush=True)
+    return found
+
+
+def visible(names):
+    """Those of names that are neither hidden nor a system's, nor of background noise; sorted."""
+    return sorted(name for name in names if not name.startswith((".", "__")) and name != NOISE)
+
+
+def split_examples(path, labels, parts):
+    """y (n,), the classes, and the training and the test rows of labels ("": none) and parts."""
+    classes, y, counts = np.unique(labels[labels != ""], return_inverse=True, return_counts=True)
+    indices = np.full(len(labels), -1)
+    if len(classes) < 2:
+        print(f"{path}: {len(labels):,} files of no or one class, so no evaluation", flush=True)
+        return indices, [], np.flatnonzero(parts != "test"), np.flatnonzero(parts == "test")
+    indices[labels != ""] = y
+    print(f"{path}: {in_classes(classes, counts)}", flush=True)
+    train, test = np.flatnonzero(parts != "test"), np.flatnonzero(parts == "test")
+    if "" in labels[test]:
+        raise DataError(f"{path}: the test has files beside its classes' folders: move them")
+    if missing := set(labels[test]) - set(labels[train]):
+        raise DataError(f"{path}: the class {quote(min(missing))} is only in the test: give "
+                        "examples to train on")
+    if not len(test):
+        known = np.flatnonzero(labels != "")
+        try:
+            train, test = split(known, indices[known], 0.2)
+        except ValueError as error:
+            raise DataError(f"{path} can't be split to train and to test ({error}): give more "
+                            "examples") from None
+        train = np.concatenate([train, np.flatnonzero(labels == "")])
+    return indices, classes.tolist(), train, test
+
+
+def check_memory(path, size, device, remedy):
+    """Raise DataError where so many bytes do not fit on the device."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0]
+    if size > memory:
+        raise DataError(f"{path}: the data take {size / 1e9:.1f} GB, and {device} has "
+                        f"{memory / 1e9:.1f}: {remedy}")
 
 
 # ---------------------------------------------------------------------------- images
-CIFAR = {  # folder of the binary distribution, training and test files, label bytes, mean and std
-    "cifar10": ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)],
-                "test_batch.bin", 1, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": ("cifar-100-binary", ["train.bin"],
-                 "test.bin", 2, (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
+CIFAR = {  # torchvision's reader; mean and std
+    "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ("CIFAR100", (0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
 }
+IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif",
+          ".ppm", ".pgm", ".pbm")
 
 
 def load_images(dataset, data_dir, device, *, image_size=32, train_size=None):
@@ -403,115 +968,108 @@ def load_images(dataset, data_dir, device, *, image_size=32, train_size=None):
     subset of so many training images, the same at every call. Raises DataError on data that is
     missing or can't be used.
     """
+    names, probe = None, "sgd"
     if dataset in CIFAR:
-        x_train, y_train, x_test, y_test = read_cifar(dataset, Path(data_dir))
+        x, y, classes, train, test = read_cifar(dataset, Path(data_dir))
     elif dataset == "digits":
         x, y = load_digits(return_X_y=True)
         x = (x * 255 / 16).round().astype(np.uint8).reshape(-1, 1, 8, 8)
-        x_train, y_train, x_test, y_test = split(x, y, 0.2)
+        train, test = split(np.arange(len(x)), y, 0.2)
+        classes = [str(i) for i in range(10)]
     else:
-        x_train, y_train, x_test, y_test = read_image_folder(Path(dataset), image_size)
-    x_train, y_train = subset(x_train, y_train, train_size)
+        path, probe = Path(dataset), "logistic"
+        names, labels, parts = list_examples(path, IMAGES, "images")
+        y, classes, train, test = split_examples(path, labels, parts)
+        check_memory(path, 3 * image_size**2 * len(names), device, "lower --image-size")
+        x = read_images(path, names, image_size)
+    train, labelled = labelled_first(subset(train, y[train], train_size), y)
     if dataset in CIFAR:
-        mean, std = map(torch.tensor, CIFAR[dataset][4:])
+        mean, std = CIFAR[dataset][1:]
     else:  # in float64, which not every device has
-        channels = torch.as_tensor(x_train).unbind(1)
-        mean = torch.stack([channel.double().mean() / 255 for channel in channels]).float()
-        std = torch.stack([channel.double().std() / 255 for channel in channels]).float()
-        std[std == 0] = 1  # a channel without content
-    mean, std = mean[:, None, None].to(device), std[:, None, None].to(device)  # (C, 1, 1)
-    num_classes = int(max(y_train.max(), y_test.max())) + 1
-    tensors = [torch.as_tensor(a, device=device) for a in (x_train, y_train, x_test, y_test)]
-    return Dataset(*tensors, num_classes, lambda x: (image_view(x / 255) - mean) / std,
-                   lambda x: (x / 255 - mean) / std, lambda x: (padded_crop(x / 255) - mean) / std)
+        channels = torch.as_tensor(x[train]).unbind(1)
+        mean = [channel.double().mean().item() / 255 for channel in channels]
+        std = [channel.double().std().item() / 255 or 1.0 for channel in channels]
+    spec = {"domain": "image", "image_size": x.shape[2], "mean": mean, "std": std,
+            "classes": classes}
+    to_input = input_of(spec, device)
+    tensors = [torch.as_tensor(a, device=device) for a in (x[train], y[train], x[test], y[test])]
+    return Dataset(*tensors, len(classes), lambda x: to_input(image_view(x / 255)),
+                   lambda x: to_input(x / 255), lambda x: to_input(padded_crop(x / 255)),
+                   labelled=labelled, spec=spec, order=np.concatenate([train, test]),
+                   names=names, probe=probe)
+
+
+def input_of(spec, device):
+    """The function that standardises images (N, C, H, W) in [0, 1], as data.json says."""
+    mean, std = (torch.tensor(spec[name], device=device)[:, None, None] for name in ("mean", "std"))
+    return lambda x: (x - mean) / std
 
 
 def read_cifar(name, data_dir):
-    """CIFAR as uint8 images (n, 3, 32, 32) and labels: x_train, y_train, x_test, y_test.
+    """CIFAR as uint8 images (n, 3, 32, 32), labels, classes, the training and the test rows.
 
-    Read from the binary distribution in data_dir, else downloaded there by torchvision.
+    Read by torchvision from data_dir, or downloaded there.
     """
-    folder, train_files, test_file, label_bytes, *_ = CIFAR[name]
-    remedy = f"put {folder}/ there, or take another --dataset (digits, or a folder of images)"
-    if not os.path.exists(data_dir / folder):
-        kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
-        try:
-            parts = [kind[name](data_dir, train=train, download=True) for train in (True, False)]
-        except Exception as error:  # no network, or files that fail torchvision's digest check
-            raise DataError(f"{name} is not in {data_dir} and could not be downloaded "
-                            f"({one_line(error)}): {remedy}") from None
-        train, test = ((part.data.transpose(0, 3, 1, 2).copy(), np.array(part.targets))
-                       for part in parts)
-        return *train, *test
-
-    def read(names):
-        records = []
-        for path in (data_dir / folder / name for name in names):
-            try:
-                raw = np.fromfile(path, dtype=np.uint8)
-            except OSError as error:
-                raise DataError(f"{path} can't be read ({error.strerror}): {remedy}") from None
-            if len(raw) == 0 or len(raw) % (label_bytes + 3072):
-                raise DataError(f"{path} is cut short: {len(raw):,} bytes, {label_bytes + 3072:,} "
-                                f"an image: {remedy}")
-            records.append(raw.reshape(-1, label_bytes + 3072))
-        records = np.concatenate(records)
-        images, labels = records[:, label_bytes:], records[:, label_bytes - 1]
-        return images.reshape(-1, 3, 32, 32), labels.astype(np.int64)
-
-    return *read(train_files), *read([test_file])
+    reader = getattr(torchvision.datasets, CIFAR[name][0])
+    try:
+        parts = [reader(data_dir, train=train, download=True) for train in (True, False)]
+    except Exception as error:  # no network, or files that fail torchvision's digest check
+        raise DataError(f"{name} is not whole in {data_dir} and could not be downloaded "
+                        f"({one_line(error)}): put its Python version there, or take another "
+                        "--dataset (digits, or a folder of images)") from None
+    x = np.concatenate([part.data for part in parts]).transpose(0, 3, 1, 2)
+    y = np.concatenate([part.targets for part in parts])
+    train, test = np.split(np.arange(len(x)), [len(parts[0].data)])
+    return x, y, parts[0].classes, train, test
 
 
-def read_image_folder(path, size):
-    """A folder's images as uint8 (n, C, size, size) and labels: x_train, y_train, x_test, y_test.
+def read_images(path, names, size, channels=None):
+    """Files below path as uint8 (n, C, size, size), upright, without transparency (on white).
 
-    Of train/CLASS/* and test/CLASS/*, or of CLASS/*, to be split. An image's shorter side is
-    resized to size, the longer one cropped to its middle. C is 1 where every image is gray.
+    An image's shorter side is resized to size, the longer one cropped to its middle. C is channels,
+    or else 1 where every image is gray. Of an image of several frames the first is taken.
     """
-    def read(folder):
+    images = np.empty((len(names), 3, size, size), np.uint8)
+    all_gray, frames = True, 0
+    for i, name in enumerate(names):
         try:
-            files = torchvision.datasets.ImageFolder(folder)
-        except OSError as error:  # not there, or a class without images
-            raise DataError(f"{folder} is no folder of images, one folder a class ({error}): "
-                            "--dataset takes cifar10, cifar100, digits, or the path of a folder "
-                            "CLASS/* of images or WORD/*.wav") from None
-        if len(files.classes) < 2:
-            raise DataError(f"{folder} holds one class, '{files.classes[0]}': give images of two "
-                            "or more")
-        images = np.empty((len(files), 3, size, size), np.uint8)
-        gray = True
-        for i, (file, _) in enumerate(files.samples):
-            try:
-                with Image.open(file) as image:
-                    if image.mode[0] in "IF":
-                        raise ValueError(f"mode {image.mode}: more than 8 bits a channel")
-                    gray &= image.mode in ("L", "1")
-                    image = image.convert("RGB")
-            except Exception as error:  # PIL raises many types on a damaged file
-                raise DataError(f"{file} can't be read as an image ({error}): mend or remove "
-                                "it") from None
-            if min(image.size) < size:
-                raise DataError(f"{file} is {image.width} x {image.height} pixels, smaller than "
-                                f"--image-size {size}: remove it, or lower --image-size")
-            image = TF.center_crop(TF.resize(image, size), size)
-            images[i] = np.asarray(image).transpose(2, 0, 1)
-            if i % 1000 == 0:
-                progress(f"{folder}: {i:,} of {len(files):,} images read")
-        return (images[:, :1] if gray else images), np.array(files.targets), files.classes
+            image, gray, several = read_image(path / name)
+        except Exception as error:  # PIL raises many types on a damaged file
+            raise DataError(f"{path / name} can't be read as an image ({one_line(error)}): mend or "
+                            "remove it") from None
+        if min(image.size) < size:
+            raise DataError(f"{path / name} is {image.width} x {image.height} pixels, smaller than "
+                            f"--image-size {size}: remove it, or lower --image-size")
+        image = TF.center_crop(TF.resize(image, size), size)
+        images[i] = np.asarray(image).transpose(2, 0, 1)
+        all_gray, frames = all_gray and gray, frames + several
+        if i % 1000 == 0:
+            progress(f"{path}: {i:,} of {len(names):,} images read")
+    if frames:
+        print(f"{path}: {frames:,} images hold several frames; the first is taken", flush=True)
+    if channels == 1 and not all_gray:
+        raise DataError(f"{path}: there are images in colour, and in training all were gray: "
+                        "convert them")
+    return images[:, :1] if (channels or 3 - 2 * all_gray) == 1 else images
 
-    if not os.path.isdir(path / "train"):
-        x, y, _ = read(path)
-        try:
-            return split(x, y, 0.2)
-        except ValueError as error:
-            raise DataError(f"{path} can't be split into training and test images: "
-                            f"{error}") from None
-    x_train, y_train, classes = read(path / "train")
-    x_test, y_test, test_classes = read(path / "test")
-    if classes != test_classes or x_train.shape[1] != x_test.shape[1]:
-        raise DataError(f"{path / 'train'} and {path / 'test'} differ in their classes, or only "
-                        "one is gray: make them alike")
-    return x_train, y_train, x_test, y_test
+
+def read_image(file):
+    """An image in RGB, whether it is gray, and whether it is the first of several frames."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(file)
+    with image:
+        deep = (";16" in str(args) or codec == "ppm" and args[1] > 255
+                for codec, _, _, args in image.tile)  # which PIL would cut to 8 bits
+        if image.mode[0] in "IF" or any(deep):
+            raise ValueError(f"mode {image.mode}, more than 8 bits a channel: convert it to 8")
+        several = getattr(image, "n_frames", 1) > 1
+        gray = image.mode in ("L", "1", "LA")
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB"), gray, several
 
 
 def image_view(x):
@@ -681,52 +1239,42 @@ def load_speech(dataset, data_dir, device, *, version="v0.01", train_size=None):
     folder = Path(dataset)
     if dataset == "speech_commands":
         folder = speech_commands(Path(data_dir), f"speech_commands_{version}")
-    train, test = list_words(folder)
-    files, noise_files = sorted(train + test), sorted(glob.glob(f"{NOISE}/{WAV}", root_dir=folder))
-    words, trained = ({word_of(file) for file in part} for part in (files, train))
-    if not test or len(trained) < 2:
-        raise DataError(f"{folder}: words: {len(words)}, clips to train on: {len(train)}, to test: "
-                        f"{len(test)}: give clips of two words or more to train on, and some to "
-                        "test")
-    if words.isdisjoint(COMMANDS):
-        classes, about = sorted(words), "none is one of the paper's ten, so each is a class"
-        if words != trained:
-            raise DataError(f"{folder}: no clip of '{min(words - trained)}' is left to train on: "
-                            "shorten the lists")
-    else:
+    names, words, parts = list_examples(folder, (".wav",), "recordings")
+    names, words, parts = by_lists(folder, names, words, parts)
+    y, classes, train, test = split_examples(folder, words, parts)
+    silence, about = 0, "the words are the classes" if classes else "no words to tell apart"
+    if not set(classes).isdisjoint(COMMANDS):
+        place = {word: COMMANDS.index(word) if word in COMMANDS else 10 for word in classes}
+        y = np.array([place.get(word, -1) for word in words])
         classes = [*COMMANDS, "unknown", "silence"]
-        about = "the classes are the paper's ten, 'unknown' and 'silence'"
-        train = train + ["silence/"] * (len(train) // 10)
-    print(f"{folder}: {len(words)} words, {about}; recordings of background noise: "
-          f"{len(noise_files)}", flush=True)
-    y_train, y_test = ([classes.index(word if word in classes else "unknown")
-                        for word in map(word_of, part)] for part in (train, test))
-    train, y_train = subset(np.array(train), np.array(y_train), train_size)
+        about = "the classes are the paper's ten words, 'unknown' and 'silence'"
+        silence = len(train) // 10
+    noise_files = sorted(glob.glob(f"{NOISE}/{WAV}", root_dir=folder))
+    print(f"{folder}: {about}; recordings of background noise: {len(noise_files)}", flush=True)
+    y = np.append(y, len(classes) - 1)  # the last row is a clip of zeros
+    train = np.concatenate([train, np.full(silence, len(names))])
+    train, labelled = labelled_first(subset(train, y[train], train_size), y)
     noise = [read_wav(folder / file) for file in noise_files] or [np.zeros(RATE, np.int16)]
     noise = np.concatenate(noise)
     noise.resize(math.ceil(len(noise) / RATE), RATE)  # clips of a second, the last one filled up
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0]
-    n = len(train) + len(test)
-    size = 2 * n * RATE + 4 * noise.size  # bytes: clips in int16, noise in float32
-    if size > memory:
-        raise DataError(f"{folder}: {n:,} clips and {len(noise):,} s of noise take "
-                        f"{size / 1e9:.1f} GB, and {device} has {memory / 1e9:.1f}: keep fewer "
-                        "with --train-size")
+    size = 2 * (len(train) + len(test)) * RATE + 4 * noise.size  # int16 clips, float32 noise
+    check_memory(folder, size, device, "keep fewer with --train-size")
 
-    clips, row = cached_clips(folder, files), {file: i for i, file in enumerate(files)}
-    x_train, x_test = (clips[[row.get(file, 0) for file in part]] for part in (train, test))
-    x_train[train == "silence/"] = 0  # which is no file, so that another clip was taken
-    tensors = [torch.as_tensor(a, device=device) for a in (x_train, y_train, x_test, y_test)]
+    clips = cached_clips(folder, names)
+    x_train, x_test = (clips[np.where(part < len(names), part, 0)] for part in (train, test))
+    x_train[train == len(names)] = 0
+    tensors = [torch.as_tensor(a, device=device) for a in (x_train, y[train], x_test, y[test])]
     noise = torch.as_tensor(noise / 32768, dtype=torch.float32, device=device)
-    return Dataset(*tensors, len(classes), lambda x: speech_view(x / 32768, noise),
-                   lambda x: log_mel(squared_magnitude(stft(x / 32768))))
+    probe = "sgd" if dataset == "speech_commands" else "logistic"
+    return Dataset(*tensors, len(classes), lambda x: speech_view(x / 32768, noise), plain_speech,
+                   labelled=labelled, spec={"domain": "speech", "classes": classes},
+                   names=names, probe=probe,
+                   order=np.concatenate([np.where(train < len(names), train, -1), test]))
 
 
-def word_of(file):
-    """The word of a recording WORD/NAME.wav."""
-    return file.split("/")[0]
+def plain_speech(x):
+    """The log-mel spectrograms (N, 1, 32, 32) of clips (N, 16000) int16."""
+    return log_mel(squared_magnitude(stft(x / 32768)))
 
 
 def speech_commands(data_dir, version):
@@ -751,42 +1299,25 @@ def speech_commands(data_dir, version):
     return folder
 
 
-def keep_existing(names, path):
-    """Of the recordings that the list at path names, those that are there; others are noted."""
-    there = [name for name in names if os.path.exists(path.parent / name)]
-    if missing := set(names).difference(there):
-        print(f"{path}: {len(missing):,} of {len(names):,} are not there, as {min(missing)}",
-              flush=True)
-    return there
+def by_lists(folder, names, words, parts):
+    """Recordings, their words and their parts, as lists like those of Speech Commands have them.
 
-
-def list_words(folder):
-    """A folder's training and test files, WORD/NAME.wav, by lists as those of Speech Commands.
-
-    Where testing_list.txt names no clip a stratified fifth is the test. What a list names and is
-    not there is left out, with a note.
+    What validation_list.txt names is left out, and what testing_list.txt names is the test; what
+    they name and is not there is left out, with a note.
     """
-    files = sorted(glob.glob(f"*/{WAV}", root_dir=folder))
-    files = [file for file in files if word_of(file) != NOISE]
-
-    def listed(name):
-        path = folder / name
+    listed = []
+    for path in (folder / name for name in LISTS):
         lines = []
-        if os.path.exists(path):
+        if path.exists():
             lines = path.read_text("utf-8-sig", "replace").splitlines()
-        return set(keep_existing({os.path.normpath(line.strip()) for line in lines if line.strip()},
-                                 path))
-
-    try:
-        validation, testing = map(listed, LISTS)
-        files = [file for file in files if file not in validation]
-        if not testing:
-            testing = set(split(files, list(map(word_of, files)), 0.2)[2])
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} can't be split into clips to train on and to test ({error}): "
-                        "add recordings, or a testing_list.txt") from None
-    train = [file for file in files if file not in testing]
-    return train, [file for file in files if file in testing]
+        listed.append({os.path.normpath(line.strip()) for line in lines if line.strip()})
+        if missing := listed[-1].difference(names):
+            print(f"{path}: {len(missing):,} of {len(listed[-1]):,} are not there, as "
+                  f"{min(missing)}", flush=True)
+    validation, testing = (np.isin(names, list(found)) for found in listed)
+    if testing.any():
+        parts = np.where(testing, "test", "train")
+    return names[~validation], words[~validation], parts[~validation]
 
 
 def cached_clips(folder, files):
@@ -800,19 +1331,15 @@ def cached_clips(folder, files):
     except OSError as error:
         raise DataError(f"{error.filename} can't be read ({error.strerror}): mend or remove "
                         "it") from None
-    made_from = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats)]
+    made_from = [(str(file), stat.st_size, stat.st_mtime_ns)
+                 for file, stat in zip(files, stats)]
     digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
     path = folder / f"imix_clips-{digest}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):  # it is not there, or was cut short
         return np.load(path, mmap_mode="r")
-    clips = np.zeros((len(files), RATE), np.int16)
-    for i, file in enumerate(files):
-        clip = read_wav(folder / file)[:RATE]
-        clips[i, : len(clip)] = clip
-        if i % 1000 == 0:
-            progress(f"{folder}: {i:,} of {len(files):,} clips read")
+    clips = read_clips(folder, files)
     try:
-        with tempfile.TemporaryDirectory(dir=folder) as part:  # so that it comes whole
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as part:  # so that it comes whole
             np.save(Path(part, path.name), clips)
             for old in set(folder.glob("imix_clips-*.npy")) - {path}:
                 old.unlink(missing_ok=True)
@@ -822,6 +1349,17 @@ def cached_clips(folder, files):
                         f"one file of {clips.nbytes / 1e6:,.1f} MB: make room, or the folder "
                         "writable") from None
     return np.load(path, mmap_mode="r")
+
+
+def read_clips(folder, files):
+    """The first second of recordings: (n, 16000) int16, filled up with zeros."""
+    clips = np.zeros((len(files), RATE), np.int16)
+    for i, file in enumerate(files):
+        clip = read_wav(folder / file)[:RATE]
+        clips[i, : len(clip)] = clip
+        if i % 1000 == 0:
+            progress(f"{folder}: {i:,} of {len(files):,} clips read")
+    return clips
 
 
 def read_wav(path):

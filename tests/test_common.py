@@ -3,7 +3,6 @@
 
 import copy
 import gzip
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +46,7 @@ def dataset_of(x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int16])
-def test_digest_tells_whether_the_training_examples_have_changed(dtype):
+def test_digest_tells_whether_the_data_have_changed(dtype):
     x = torch.arange(60).reshape(6, 10).to(dtype)
     digest = dataset_of(x).digest()
     assert dataset_of(x.clone()).digest() == digest
@@ -57,6 +56,13 @@ def test_digest_tells_whether_the_training_examples_have_changed(dtype):
     other_order = x[[1, 0, 2, 3, 4, 5]]
     assert dataset_of(other_order).digest() != digest
     assert dataset_of(x[:5]).digest() != digest
+    for name in ("y_train", "x_test", "y_test"):
+        other = dataset_of(x.clone())
+        setattr(other, name, getattr(other, name).flip(0))
+        assert other.digest() != digest
+    other = dataset_of(x)
+    other.spec = {"classes": ["a", "b"]}
+    assert other.digest() != digest
 
 
 def test_digest_of_gray_images_from_train_and_test_folders(tmp_path):
@@ -64,7 +70,9 @@ def test_digest_of_gray_images_from_train_and_test_folders(tmp_path):
     write_images(tmp_path / "train", mode="L")
     write_images(tmp_path / "test", mode="L")
     data = load_folder(tmp_path)
-    assert data.digest() == dataset_of(data.x_train.contiguous()).digest()
+    digest = data.digest()
+    data.x_train = data.x_train.contiguous()
+    assert data.digest() == digest
 
 
 # ----------------------------------------------------------------------- TwoViews
@@ -274,7 +282,8 @@ def test_linear_eval_leaves_everything_as_it_was():
 def in_folder(tmp_path, monkeypatch):
     """The working directory is a folder with data of each kind."""
     monkeypatch.chdir(tmp_path)
-    for name in ("lower/yes/x.wav", "upper/yes/x.WAV", "images/ant/x.png", "flat/x.wav", "table"):
+    for name in ("lower/yes/x.wav", "upper/yes/x.WAV", "images/ant/x.png", "flat/x.wav",
+                 "deep/train/yes/x.wav", "table"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
 
@@ -298,7 +307,8 @@ NO_TABLE = {"image": "", "speech": ""}
     ("upper", NO_TABLE, "speech"),
     ("images", ALL, "image"),
     ("images", NO_TABLE, "image"),
-    ("flat", ALL, "image"),  # a recording, but in no folder of a word
+    ("flat", ALL, "speech"),
+    ("deep", ALL, "speech"),
     ("nowhere", ALL, "image"),
     ("cifar10", ALL, "image"),
     ("cifar100", NO_TABLE, "image")])
@@ -319,7 +329,7 @@ def test_domain(in_folder, dataset, known, expected):
     ("cifar10", {"table": "", "speech": ""}, "image")])
 def test_a_domain_that_is_not_known_is_refused(in_folder, dataset, known, found):
     message = refused(common.domain, dataset, known)
-    assert_names(message, f"--dataset {dataset}", found, *known)
+    assert_names(message, f"--dataset {dataset!r}", found, *known)
 
 
 # ----------------------------------------------------------------------- CovType
@@ -465,7 +475,7 @@ def test_csv_columns_by_kind(tmp_path, name):
     numbers, member, flag = data.x_train[:, :2], data.x_train[:, 2], data.x_train[:, 3]
     assert numbers.mean(dim=0).abs().max() < 1e-5
     assert (numbers.std(dim=0, correction=0) - 1).abs().max() < 1e-5
-    assert set(member.tolist()) == {0, 1} and set(flag.tolist()) == {-2, 2}
+    assert set(member.tolist()) == {0, 1} and set(flag.tolist()) == {0, 1}
     colours = data.x_train[:, 4:]
     assert colours.sum(dim=1).eq(1).all() and colours.amax(dim=1).eq(1).all()
     again = load_csv(tmp_path / name, frame(), test_share=0.25)
@@ -483,32 +493,21 @@ def test_each_row_of_a_csv_keeps_its_label(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [
-    [5, 7, 9], ["a", "b", "c"], [0.5, 1.5, 2.5], ["2020-01-01", "x", "None"]])
+    [5, 7, 10], ["a", "b", "c"], [0.5, 1.5, 2.5], ["2020-01-01", "x", "1"]])
 def test_csv_labels_of_any_type(tmp_path, labels):
     labels = np.array(labels, dtype=object)
     table = frame().assign(species=labels[np.arange(60) % 3])
     data = load_csv(tmp_path / "my.csv", table)
     assert data.num_classes == 3
     assert data.y_test.bincount().tolist() == [4, 4, 4]
+    assert data.spec["classes"] == [str(label) for label in (
+        labels if isinstance(labels[0], (int, float)) else sorted(labels))]
 
 
 def test_csv_true_and_false_are_two_values(tmp_path):
     table = frame()[["species"]].assign(b=np.arange(60) % 2 == 0)
     data = load_csv(tmp_path / "my.csv", table)
     assert data.groups == [1] and set(data.x_train.flatten().tolist()) == {0, 1}
-
-
-def test_csv_leaves_out_what_says_nothing(tmp_path, capsys):
-    table = frame().assign(one=1, also="same")
-    table.insert(0, "Unnamed: 0", np.arange(60))
-    table["id"] = np.random.default_rng(0).permutation(60) + 1000
-    data = load_csv(tmp_path / "my.csv", table)
-    assert data.groups == [2, 2, 3]
-    note = capsys.readouterr().out
-    assert note.count("\n") == 1
-    assert_names(note, tmp_path / "my.csv", "'Unnamed: 0'", "'one'", "'also'", "'id'")
-    for column in ("height", "member", "flag", "colour", "age"):
-        assert f"'{column}'" not in note
 
 
 def changed(row, column, value):
@@ -521,14 +520,13 @@ def changed(row, column, value):
 COLUMNS = list(frame().columns)
 BAD_CSV = {  # a table, and what the message names beside the file
     "a number is missing": (changed(7, "age", None), ["age", "row 7"]),
-    "a label is missing": (changed(9, "species", None), ["species", "row 9"]),
-    "infinite": (changed(3, "height", "inf"), ["height", "row 3", "inf "]),
+    "infinite": (changed(3, "height", "inf"), ["height", "row 3", "inf"]),
     "too large": (changed(4, "height", 1e300), ["height", "row 4", "1e+300"]),
-    "text among numbers": (changed(5, "age", "?"), ["age", "row 5", "?"]),
+    "text among numbers": (changed(5, "age", "old"), ["age", "row 5", "old"]),
+    "? among numbers": (changed(5, "age", "?"), ["age", "row 5", "?"]),
     "NA among numbers": (changed(6, "age", "NA"), ["age", "row 6", "NA"]),
     "a label seen once": (changed(8, "species", "yak"), ["species", "row 8", "yak"]),
     "names": (frame().assign(name=[f"n{i}" for i in range(60)]), ["'name'", "60"]),
-    "one class": (frame().assign(species="cat"), ["species", "'cat'"]),
     "labels alone": (frame()[["species"]], ["species"]),
     "no such column": (frame().rename(columns={"species": "kind"}),
                        ["species", *COLUMNS[:5], "kind"]),
@@ -545,18 +543,13 @@ def test_bad_csv(tmp_path, what):
     assert_names(message, tmp_path / "my.csv", *parts)
 
 
-def test_csv_without_label_column_lists_the_columns(tmp_path):
-    message = refused(load_csv, tmp_path / "my.csv", frame(), label_column=None)
-    assert_names(message, tmp_path / "my.csv", "--label-column", *COLUMNS)
-
-
 @pytest.mark.parametrize("raw", [b"", b"\xff\xfe\x00\x81" * 9, b"a,b\n1,2\n1,2,3,4\n"],
                          ids=["empty", "no text", "ragged"])
 def test_unreadable_csv(tmp_path, raw):
     path = tmp_path / "my.csv"
     path.write_bytes(raw)
     message = refused(common.load_table, str(path), "data", CPU, label_column="b")
-    assert_names(message, path, "CSV")
+    assert_names(message, path)
 
 
 def test_a_csv_that_is_not_there_or_a_folder(tmp_path):
@@ -590,42 +583,25 @@ def test_nothing_is_masked_with_mask_0(tmp_path):
 
 
 # ----------------------------------------------------------------------- CIFAR
-def write_cifar(folder, files, label_bytes):
-    """Files of ten images in CIFAR's binary layout.
+@pytest.mark.parametrize("name, mean, std", [
+    ("cifar10", [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
+    ("cifar100", [0.5071, 0.4865, 0.4409], [0.2009, 0.1984, 0.2023])])
+def test_cifar_by_torchvision(tmp_path, monkeypatch, name, mean, std):
+    class Reader:
+        classes = ["a", "b", "c", "d"]
 
-    An image of class k is filled with k in its first channel, k + 10 in its second, k + 20 in its
-    third.
-    """
-    folder.mkdir(parents=True)
-    for number, file in enumerate(files):
-        raw = bytearray()
-        for i in range(10):
-            label = (i + number) % 10
-            raw += bytes([99] * (label_bytes - 1) + [label])
-            raw += bytes([label] * 1024 + [label + 10] * 1024 + [label + 20] * 1024)
-        (folder / file).write_bytes(raw)
+        def __init__(self, root, train, download):
+            assert root == tmp_path and download
+            n = 4 if train else 2
+            self.data = np.arange(n * 3072).astype(np.uint8).reshape(n, 32, 32, 3)
+            self.targets = [0, 1, 2, 3] if train else [3, 0]
 
-
-CIFAR10_FILES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
-FORMS = pytest.mark.parametrize("name, folder, files, label_bytes, mean, std", [
-    ("cifar10", "cifar-10-batches-bin", CIFAR10_FILES, 1,
-     [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
-    ("cifar100", "cifar-100-binary", ["train.bin", "test.bin"], 2,
-     [0.5071, 0.4865, 0.4409], [0.2009, 0.1984, 0.2023])], ids=["cifar10", "cifar100"])
-
-
-@FORMS
-def test_cifar_binary(tmp_path, name, folder, files, label_bytes, mean, std):
-    write_cifar(tmp_path / folder, files, label_bytes)
+    monkeypatch.setattr(common.torchvision.datasets, name.upper(), Reader)
     data = common.load_images(name, tmp_path, CPU)
-    assert data.x_train.shape == (10 * len(files) - 10, 3, 32, 32)
-    assert data.x_test.shape == (10, 3, 32, 32)
-    assert data.x_train.dtype == torch.uint8 and data.num_classes == 10
-    filled_with = data.y_train[:, None] + torch.tensor([0, 10, 20])
-    expected = filled_with[:, :, None, None].expand_as(data.x_train)
-    assert torch.equal(data.x_train.long(), expected)
-    first_label = len(files) - 1
-    assert data.y_test.tolist() == [(i + first_label) % 10 for i in range(10)]
+    assert data.x_train.shape == (4, 3, 32, 32) and data.x_test.shape == (2, 3, 32, 32)
+    assert data.x_train[1, 2, 3, 4] == (3072 + 3 * 96 + 4 * 3 + 2) % 256
+    assert data.y_train.tolist() == [0, 1, 2, 3] and data.y_test.tolist() == [3, 0]
+    assert data.num_classes == 4 and data.probe == "sgd"
 
     def standardise(x):
         return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
@@ -639,44 +615,13 @@ def test_cifar_binary(tmp_path, name, folder, files, label_bytes, mean, std):
         torch.testing.assert_close(view, standardise(theirs(x)))
 
 
-@FORMS
-def test_cifar_that_is_not_whole(tmp_path, name, folder, files, label_bytes, mean, std):
-    write_cifar(tmp_path / folder, files, label_bytes)
-    for file in (files[0], files[-1]):
-        path = tmp_path / folder / file
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-1])
-        message = refused(common.load_images, name, tmp_path, CPU)
-        assert_names(message, path, f"{len(whole) - 1:,}")
-        path.write_bytes(b"")
-        assert_names(refused(common.load_images, name, tmp_path, CPU), path)
-        path.unlink()
-        assert_names(refused(common.load_images, name, tmp_path, CPU), path)
-        path.write_bytes(whole)
-
-
-def test_cifar_by_torchvision(tmp_path, monkeypatch):
-    class CIFAR10:
-        def __init__(self, root, train, download):
-            assert root == tmp_path and download
-            n = 4 if train else 2
-            self.data = np.arange(n * 3072).astype(np.uint8).reshape(n, 32, 32, 3)
-            self.targets = [0, 1, 2, 3] if train else [3, 0]
-
-    monkeypatch.setattr(common.torchvision.datasets, "CIFAR10", CIFAR10)
-    data = common.load_images("cifar10", tmp_path, CPU)
-    assert data.x_train.shape == (4, 3, 32, 32) and data.x_test.shape == (2, 3, 32, 32)
-    assert data.x_train[1, 2, 3, 4] == (3072 + 3 * 96 + 4 * 3 + 2) % 256
-    assert data.y_train.tolist() == [0, 1, 2, 3] and data.y_test.tolist() == [3, 0]
-
-
 def test_cifar_that_cannot_be_had(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise OSError("Network is\nunreachable")
 
     monkeypatch.setattr(common.torchvision.datasets, "CIFAR10", offline)
     message = refused(common.load_images, "cifar10", tmp_path, CPU)
-    assert_names(message, tmp_path, "cifar10", "Network is unreachable", "cifar-10-batches-bin")
+    assert_names(message, tmp_path, "cifar10", "Network is unreachable")
 
 
 # ----------------------------------------------------------------------- folders of images
@@ -806,29 +751,14 @@ def no_images(path):
     (path / "ant").mkdir(parents=True)
 
 
-def one_class(path):
-    write_images(path)
-    shutil.rmtree(path / "bee")
-
-
 def too_few(path):
     write_images(path, count=1)
-
-
-def no_test_images(path):
-    write_images(path / "train")
-    (path / "test").mkdir()
 
 
 def other_classes(path):
     write_images(path / "train")
     write_images(path / "test")
     (path / "test" / "bee").rename(path / "test" / "cow")
-
-
-def only_one_is_gray(path):
-    write_images(path / "train")
-    write_images(path / "test", mode="L")
 
 
 BAD_FOLDERS = [  # what makes it, what the message names in it, and what beside that
@@ -838,12 +768,9 @@ BAD_FOLDERS = [  # what makes it, what the message names in it, and what beside 
     (too_small, "ant/x.png", ["16 x 15", "--image-size 16"]),
     (not_there, "", ["--dataset"]),
     (no_classes, "", ["--dataset"]),
-    (no_images, "", ["ant"]),
-    (one_class, "", ["ant"]),
+    (no_images, "ant", []),
     (too_few, "", []),
-    (no_test_images, "test", ["--dataset"]),
-    (other_classes, "train", ["test"]),
-    (only_one_is_gray, "train", ["test"]),
+    (other_classes, "", ["cow"]),
 ]
 
 

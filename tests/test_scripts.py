@@ -72,7 +72,8 @@ def test_a_run_writes_its_folder_and_learns(tmp_path, capsys):
     npair_tabular.main([*TABLE, "--epochs", "12", "--linear-epochs", "50", "--eval-every", "6",
                         "--out", str(out)])
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoint.pt", "config.json", "encoder.pt", "log.csv", "result.json"]
+        "checkpoint.pt", "config.json", "data.json", "encoder.pt", "features.npz", "log.csv",
+        "result.json"]
     config = json.loads((out / "config.json").read_text())
     assert config["alpha"] == 2.0 and config["epochs"] == 12 and config["device"] == "cpu"
     assert config["torch"] == torch.__version__
@@ -81,7 +82,9 @@ def test_a_run_writes_its_folder_and_learns(tmp_path, capsys):
     assert lines[0] == "epoch,loss,lr,examples_per_s"
     assert [line.split(",")[0] for line in lines[1:]] == [str(epoch) for epoch in range(1, 13)]
     result = json.loads((out / "result.json").read_text())
-    assert result.keys() == {"test_accuracy", "train_accuracy", "protocol", "seconds"}
+    assert result.keys() == {"test_accuracy", "train_accuracy", "protocol", "seconds",
+                             "raw_test_accuracy", "untrained_test_accuracy"}
+    assert result["untrained_test_accuracy"] < result["test_accuracy"]
     assert 0.8 < result["test_accuracy"] <= 1 and 0.8 < result["train_accuracy"] <= 1
     encoder = npair_tabular.MLP5Layer([64], 2)
     encoder.load_state_dict(torch.load(out / "encoder.pt", weights_only=True))
@@ -194,7 +197,8 @@ def test_the_warm_up_is_5_epochs_up_to_500_else_10(script):
 def test_a_folder_called_as_a_recipe_is_not_taken_for_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "table")
-    assert args_of(moco_imix, "--dataset", "table") == moco_imix.Args(dataset="table")
+    expected = moco_imix.Args(dataset="table", batch_size=None, width=None)
+    assert args_of(moco_imix, "--dataset", "table") == expected
 
 
 FLAGS = ("--alpha 0.7 --epochs 7 --lr 0.5 --weight-decay 0.01 --warmup-epochs 1 --amp bf16 "
@@ -218,7 +222,8 @@ def test_flags_reach_the_loop(monkeypatch, tmp_path, script, domain):
     monkeypatch.setattr(common, "linear_eval", lambda *args: evaluated.append(args) or
                         {"test_accuracy": 0.0, "train_accuracy": 0.0})
     write = {"table": lambda _: "digits", "image": write_images, "speech": write_clips}[domain]
-    data = ["--dataset", str(write(tmp_path / "data")), "--batch-size=16", "--device=cpu"]
+    data = ["--dataset", str(write(tmp_path / "data")), "--batch-size=16", "--device=cpu",
+            "--probe=sgd"]
     data += ["--width=1"] if domain == "table" else ["--arch=resnet18"]
     data += ["--image-size=8"] if domain == "image" else []
     for name, flags in (("plain", []), ("with", FLAGS + OWN[script])):
@@ -236,9 +241,11 @@ def test_flags_reach_the_loop(monkeypatch, tmp_path, script, domain):
     (x, x_tilde), (plain, plain_tilde) = next(iter(plain_loader)), next(iter(loader))
     assert len(x) == 16 and torch.equal(plain, plain_tilde)  # --no-augment
     assert not torch.equal(x, x_tilde) or (domain == "table" and script is not npair_tabular)
-    encoder, _, *rest = evaluated[1]
-    assert encoder is nets[0]
+    (encoder, _, *rest), (raw, _, *of_raw), (untrained, _, *of_untrained) = evaluated[3:]
+    assert encoder is nets[0] and isinstance(raw, torch.nn.Flatten)
     assert rest == [9, 30, 0.6, 5, 0.5, 0.04]  # epochs, batch, lr, seed, labels, the encoder's lr
+    assert of_raw == rest[:5] + [None] and of_untrained == rest and untrained is not encoder
+    torch.testing.assert_close(untrained.state_dict(), encoder.state_dict())
     assert all(list(net.parameters())[-1].shape == (32,) for net in nets[1:])
 
 
@@ -248,13 +255,15 @@ def test_flags_of_the_data_reach_the_loaders(tmp_path, monkeypatch):
         monkeypatch.setattr(common, f"load_{kind}",
                             lambda *args, kind=kind, **kwargs: seen.update({kind: (args, kwargs)}))
     flags = "--train-size 24 --image-size 16 --speech-version v0.02 --data-dir d".split()
-    flags += "--mask 0.3 --standardize all --label-column y --test-share 0.4".split()
+    flags += "--mask 0.3 --standardize all --label-column y".split()
+    flags += "--test-share 0.4 --missing impute".split()
     for dataset in ("my.csv", "cifar100", "speech_commands"):
         args, domain = moco_imix.parse_args(["--dataset", dataset, *flags], common.domain)
         common.load(domain, args, "device")
     assert seen == {
         "table": (("my.csv", "d", "device"), {"mask": 0.3, "standardize": "all",
-                                              "label_column": "y", "test_share": 0.4}),
+                                              "label_column": "y", "test_share": 0.4,
+                                              "missing": "impute"}),
         "images": (("cifar100", "d", "device"), {"image_size": 16, "train_size": 24}),
         "speech": (("speech_commands", "d", "device"), {"version": "v0.02", "train_size": 24})}
 
@@ -381,8 +390,8 @@ def test_a_data_set_of_another_domain(capsys, tmp_path):
 def test_a_batch_larger_than_the_data_leaves_no_folder(capsys, tmp_path):
     out = tmp_path / "run"
     assert "--batch-size 65" in ends(capsys, simclr_imix, *IMAGES, "--batch-size", 65, "--out", out)
-    assert "no folder of images" in ends(capsys, simclr_imix, "--dataset", tmp_path / "none",
-                                         "--out", out)
+    assert "folder of images" in ends(capsys, simclr_imix, "--dataset", tmp_path / "none",
+                                      "--out", out)
     assert not out.exists()
 
 
