@@ -253,7 +253,7 @@ def save_features(path, encoder, data, untrained=None, all_test=True):
         parts.append(data.x_test)
 
     def features(encoder):
-        return torch.cat([encode(encoder, data.plain, x) for x in parts]).cpu().numpy()
+        return torch.cat([encode(encoder, data.plain, x).cpu() for x in parts if len(x)]).numpy()
 
     arrays = {"features": features(encoder)}
     order = data.order[: len(arrays["features"])]

@@ -591,8 +591,10 @@ def main(argv=None):
         if args.batch_size > len(data.x_train):
             fail(f"--batch-size {args.batch_size}: there are {len(data.x_train)} training examples")
         if rank == 0:
-            config = asdict(args) | {"device": str(device), "torch": torch.__version__}
-            begin_run(out, config | {"data_digest": data.digest()})
+            config = asdict(args) | {"script": Path(__file__).stem, "device": str(device),
+                                     "torch": torch.__version__, "data_digest": data.digest(),
+                                     "train_examples": len(data.x_train)}
+            begin_run(out, config)
             save(json.dumps(data.spec, indent=2) + "\n", out / "data.json")
     except (OSError, ValueError) as error:
         fail(error)

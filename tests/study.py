@@ -11,7 +11,6 @@ stopped goes on. tests/study.csv keeps a line of every finished run, tests/pictu
 import argparse
 import csv
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -21,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
+
+from runs import svg
 
 ROOT = Path(__file__).parent.parent
 RUNS, RECORD, PICTURES = ROOT / "runs/study", ROOT / "tests/study.csv", ROOT / "tests/pictures"
@@ -229,56 +230,6 @@ def pictures(accuracy):
     for name, content in (("gain", [("points that i-Mix gains", gain)]), ("loss", panels)):
         if all(curves for _, curves in content) and content:
             (PICTURES / f"{name}.svg").write_text(svg(content))
-
-
-def svg(panels):
-    """Line plots over epochs, side by side, of panels (title, {label: [(x, y), ...]})."""
-    colours, width, height = ["#888888", "#d62728", "#1f77b4"], 380, 220  # of a panel, in pixels
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * len(panels)}" '
-             f'height="{height}" font-family="sans-serif" font-size="11">',
-             '<rect width="100%" height="100%" fill="white"/>']
-    for panel, (title, curves) in enumerate(panels):
-        x_ticks = ticks([0] + [x for points in curves.values() for x, _ in points])
-        y_ticks = ticks([y for points in curves.values() for _, y in points])
-        left, right, top, bottom = 45, width - 95, 25, height - 35
-
-        def at(x, y):
-            across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-            up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-            return (round(left + across * (right - left), 1),
-                    round(bottom - up * (bottom - top), 1))
-
-        parts.append(f'<g transform="translate({panel * width})">'
-                     f'<text x="{left}" y="15" font-weight="bold">{title}</text>'
-                     f'<text x="{right}" y="{height - 5}" text-anchor="end">epoch</text>')
-        for tick in y_ticks:
-            y = at(x_ticks[0], tick)[1]
-            parts.append(f'<path d="M{left} {y}H{right}" stroke="#ddd"/>'
-                         f'<text x="{left - 5}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
-        for tick in x_ticks:
-            x = at(tick, y_ticks[0])[0]
-            parts.append(f'<text x="{x}" y="{bottom + 15}" text-anchor="middle">{tick:g}</text>')
-        for number, ((label, points), colour) in enumerate(zip(curves.items(), colours)):
-            points = [at(*point) for point in points]
-            line = " ".join(f"{x},{y}" for x, y in points)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" '
-                         f'stroke-width="1.5"/><text x="{right + 10}" '
-                         f'y="{top + 14 * (number + 1)}" fill="{colour}">{label}</text>')
-            if len(points) < 10:
-                parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in points]
-        parts.append("</g>")
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def ticks(values):
-    """Four to eight round numbers around values."""
-    low, high = min(values), max(values)
-    if low == high:
-        high += 1
-    unit = 10 ** math.floor(math.log10((high - low) / 4))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if (high - low) / (unit * factor) <= 5)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(k * step, 10) for k in range(first, last + 1)]
 
 
 def main():

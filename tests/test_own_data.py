@@ -4,6 +4,7 @@
 import gzip
 import json
 import os
+import wave
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+import byol_imix
 import common
+import npair_tabular
+import runs
+import simclr_imix
 
 CPU = torch.device("cpu")
 N = 60
@@ -537,3 +542,89 @@ def test_gzip(tmp_path):
     text = pd.DataFrame(column(PARTS)).to_csv(index=False)
     data = load(tmp_path / "my.csv.gz", gzip.compress(text.encode()))
     assert torch.equal(data.x_train, load(tmp_path / "my.csv", text).x_train)
+
+
+# ----------------------------------------------------------------------- whole runs
+def sklearn_table(name):
+    from sklearn import datasets
+    return getattr(datasets, f"load_{name}")(as_frame=True).frame.rename(
+        columns={"target": "kind"})
+
+
+def run_and_embed(script, dataset, out, *flags):
+    """A short run on a data set, then its encoder on the same: both files of features."""
+    flags = [*flags, "--epochs", "2", "--device", "cpu", "--out", str(out)]
+    script.main(["--dataset", str(dataset), *flags])
+    script.main(["--embed", str(dataset), "--out", str(out), "--device", "cpu"])
+    saved, embedded = np.load(out / "features.npz"), np.load(
+        out / f"features-{dataset.stem}.npz")
+    np.testing.assert_allclose(saved["features"], embedded["features"], rtol=1e-4, atol=1e-5)
+    assert len(saved["features"]) and np.ptp(saved["features"]) > 0
+    return saved
+
+
+@pytest.mark.parametrize("name", ["wine", "breast_cancer", "iris", "digits", "diabetes", "mixed"])
+def test_tables_become_embeddings(tmp_path, capsys, name):
+    """Batch size and width, not given, fit the table; the rows are the file's."""
+    table = pd.DataFrame(mixed()) if name == "mixed" else sklearn_table(name)
+    table.to_csv(tmp_path / "my.csv", index=False)
+    saved = run_and_embed(npair_tabular, tmp_path / "my.csv", tmp_path / "run",
+                          "--label-column", "kind")
+    assert saved["row"].tolist() == list(range(len(table)))
+    labels = saved["label"] if name == "diabetes" else saved["classes"][saved["label"]]
+    assert labels.tolist() == table["kind"].astype(labels.dtype).tolist()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    score = "test_r2" if name == "diabetes" else "test_accuracy"
+    assert {score, f"raw_{score}", f"untrained_{score}"} <= result.keys()
+    assert "regression" in result["protocol"] and "raw columns" in capsys.readouterr().out
+
+
+def test_images_without_labels_become_embeddings(tmp_path, capsys):
+    for i, image in enumerate(common.load_digits().images[:40]):
+        folder = tmp_path / "images"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray((image * 15).astype(np.uint8)).save(folder / f"{i:02}.png")
+    saved = run_and_embed(simclr_imix, tmp_path / "images", tmp_path / "run", "--arch", "resnet18",
+                          "--image-size", "8")
+    assert saved["name"].tolist() == [f"{i:02}.png" for i in range(40)]
+    assert (saved["label"] == -1).all() and "no evaluation" in capsys.readouterr().out
+    runs.pictures(tmp_path / "run")
+    assert "no label" not in (tmp_path / "run" / "tsne.svg").read_text()
+
+
+def test_recordings_become_embeddings_and_pictures(tmp_path):
+    for i in range(24):
+        path = tmp_path / "clips" / ("ant", "bee")[i % 2] / f"{i:02}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 2, 16000, 0, "NONE", None))
+            file.writeframes(np.int16(9000 * np.sin(np.arange(16000) * (i + 1) / 99)).tobytes())
+    out = tmp_path / "runs" / "one"
+    saved = run_and_embed(byol_imix, tmp_path / "clips", out, "--arch", "resnet18")
+    assert saved["name"].tolist() == sorted(saved["name"].tolist()) and len(saved["name"]) == 24
+    assert (saved["classes"][saved["label"]] == [n.split("/")[0] for n in saved["name"]]).all()
+
+    runs.pictures(out)
+    tsne = (out / "tsne.svg").read_text()
+    assert tsne.count("<circle") == 2 * saved["test"].sum() and ">ant<" in tsne and ">bee<" in tsne
+    assert (out / "loss.svg").read_text().count("<circle") == 2  # a point an epoch
+    table = runs.table(tmp_path / "runs").splitlines()
+    result = json.loads((out / "result.json").read_text())
+    assert len(table) == 3 and f"{result['test_accuracy']:.4f}" in table[2]
+    assert "byol_imix" in table[2] and "one" in table[2]
+
+
+def test_supervised_wants_all_labels(tmp_path, capsys):
+    table = pd.DataFrame(mixed())
+    table.loc[3, "kind"] = ""
+    table.to_csv(tmp_path / "my.csv", index=False)
+    with pytest.raises(SystemExit):
+        npair_tabular.main(["--dataset", str(tmp_path / "my.csv"), "--label-column", "kind",
+                            "--supervised", "--out", str(tmp_path / "run")])
+    assert "--supervised" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_embed_without_a_finished_run(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        npair_tabular.main(["--embed", "my.csv", "--out", str(tmp_path)])
+    assert str(tmp_path) in capsys.readouterr().err
