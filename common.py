@@ -267,9 +267,13 @@ def save_features(path, encoder, data, untrained=None, all_test=True):
     kept = kept[order[kept] >= 0]
     arrays = {name: array[kept] for name, array in arrays.items()}
     part = path.with_suffix(".tmp")
-    with open(part, "wb") as file:
-        np.savez(file, **arrays, classes=np.array(data.spec["classes"], str))
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            np.savez(file, **arrays, classes=np.array(data.spec["classes"], str))
+        os.replace(part, path)
+    except BaseException:  # the disk is full, Ctrl-C
+        part.unlink(missing_ok=True)
+        raise
 
 
 # ---------------------------------------------------------------------------- linear evaluation
@@ -432,6 +436,7 @@ GROUPED = r"[1-9]\d{0,2}([%s '’\u00a0\u202f]\d{3})+"  # 30,000
 NUMBERS = {  # how numbers are written, by their decimal sign
     point: re.compile(rf"[-+]?(({GROUPED % comma}|\d+)([{point}]\d*)?|[{point}]\d+)(e[-+]?\d+)?|"
                       "[-+]?inf(inity)?", re.IGNORECASE) for point, comma in (".,", ",.")}
+PLAIN = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 SIGNED = re.compile(r"([-+]?)\s*([$€£¥%]?)\s*(.*?)\s*([$€£¥%]?)", re.DOTALL)  # -$5, 12 %
 DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?|\d{1,2}:\d\d(:\d\d.*)?|"
                   r"(\d{1,2}\W+)?(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\W.*\d.*",
@@ -554,9 +559,12 @@ def read_csv(path, label_column, test_share, missing):
     told = {"numbers": kinds.count("number"), "two-valued": kinds.count("binary"),
             "categories": kinds.count("category"), "indicators": kinds.count("missing")}
     parts = [f"{len(y):,} rows", *(f"{n} {kind}" for kind, n in told.items() if n), about]
-    commas = [quote(column["name"]) for column in columns if column.get("decimal") == ","]
-    if commas:
-        parts.append(f"decimal commas in {', '.join(commas)}")
+    for column in columns:
+        cells = frame[column["name"]]
+        texts = cells[holds(cells, lambda text: not PLAIN.fullmatch(text)) & ~is_missing(cells)]
+        if "decimal" in column and len(texts):
+            value = read_values(path, column, texts[:1])[0]
+            parts.append(f"{quote(texts.iloc[0])} in {quote(column['name'])} is read as {value:g}")
     if left_out:
         parts.append("left out " + ", ".join(f"{quote(name)} ({why})"
                                              for name, why in left_out.items()))
@@ -977,11 +985,9 @@ def load_images(dataset, data_dir, device, *, image_size=32, train_size=None):
         train, test = split(np.arange(len(x)), y, 0.2)
         classes = [str(i) for i in range(10)]
     else:
-        path, probe = Path(dataset), "logistic"
-        names, labels, parts = list_examples(path, IMAGES, "images")
-        y, classes, train, test = split_examples(path, labels, parts)
-        check_memory(path, 3 * image_size**2 * len(names), device, "lower --image-size")
-        x = read_images(path, names, image_size)
+        folder = read_image_folder(Path(dataset), image_size, device)
+        x, y, classes, train, test, names = folder
+        probe = "logistic"
     train, labelled = labelled_first(subset(train, y[train], train_size), y)
     if dataset in CIFAR:
         mean, std = CIFAR[dataset][1:]
@@ -1021,6 +1027,16 @@ def read_cifar(name, data_dir):
     y = np.concatenate([part.targets for part in parts])
     train, test = np.split(np.arange(len(x)), [len(parts[0].data)])
     return x, y, parts[0].classes, train, test
+
+
+def read_image_folder(path, size, device=torch.device("cpu")):
+    """CLASS/* or train/CLASS/* and test/CLASS/*, or images alone: uint8 (n, C, size, size), labels,
+    classes, training and test rows, names. Refused where they do not fit on the device.
+    """
+    names, labels, parts = list_examples(path, IMAGES, "images")
+    y, classes, train, test = split_examples(path, labels, parts)
+    check_memory(path, 3 * size**2 * len(names), device, "lower --image-size")
+    return read_images(path, names, size), y, classes, train, test, names
 
 
 def read_images(path, names, size, channels=None):
@@ -1366,6 +1382,11 @@ def read_wav(path):
     """The samples (n,) int16 of a PCM WAV file of 8 to 32 bit, at 16 kHz, its channels' mean."""
     try:
         raw = bytearray(path.read_bytes())
+        data = raw.find(b"data") + 4
+        size = int.from_bytes(raw[data : data + 4], "little")
+        if size == 0 or size > 0x7FFF0000:  # not known when it was written, as into a pipe
+            raw[data : data + 4] = (len(raw) - data - 4).to_bytes(4, "little")
+            raw[4:8] = (len(raw) - 8).to_bytes(4, "little")
         tag = raw.find(b"fmt ") + 8
         if raw[tag : tag + 2] == b"\xfe\xff":  # "extensible", which Python 3.11 refuses
             raw[tag : tag + 2] = raw[tag + 24 : tag + 26]  # the format comes 24 bytes later

@@ -30,10 +30,15 @@ One step, in the paper's symbols:
 
 import argparse
 import copy
+import fcntl
+import io
 import json
 import math
 import os
+import re
+import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -328,12 +333,17 @@ def gather(f):
 
 def save(value, path):
     """Write value to path, whole or not at all: text as it is, all else by torch.save."""
-    part = path.with_suffix(".tmp")
+    content, part = io.BytesIO(), path.with_suffix(".tmp")
     if isinstance(value, str):
-        part.write_text(value)
+        content.write(value.encode())
     else:
-        torch.save(value, part)
-    os.replace(part, path)
+        torch.save(value, content)
+    try:
+        part.write_bytes(content.getbuffer())
+        os.replace(part, path)
+    except BaseException:  # the disk is full, Ctrl-C
+        part.unlink(missing_ok=True)
+        raise
 
 
 def save_checkpoint(out, parts, log, **rest):
@@ -361,15 +371,16 @@ def load_checkpoint(out, parts, **rest):
                          "and these networks: move it away to start anew") from error
 
 
-def pretrain(encoder, head, loader, args, out=None, evaluate=None):
+def pretrain(encoder, head, loader, args, out=None, evaluate=None, stop=None):
     """Pre-train encoder and head, in place, on the device that they are on; returns the log.
 
     loader: has a len(), yields (x, x_tilde): two float views (N, ...) of a batch, N always the
     same. args: read from alpha to seed. out: Path of an existing folder for checkpoint.pt and
     log.csv; if it holds a checkpoint, training resumes from it, and torch is seeded in each epoch,
-    so that this is exact. evaluate(): called every args.eval_every epochs. Under torchrun every
-    process gets the same batches, weights and out. Raises FloatingPointError once loss or weights
-    are no longer finite.
+    so that this is exact. evaluate(): called every args.eval_every epochs. stop(): asked before
+    each epoch; once it is true, the state is saved, and training ends. Under torchrun every process
+    gets the same batches, weights and out. Raises FloatingPointError once loss or weights are no
+    longer finite.
     """
     device = next(encoder.parameters()).device
     steps = len(loader)  # an epoch
@@ -400,6 +411,10 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None):
     mix = cutmix if args.mix == "cutmix" else mixup
 
     for epoch in range(len(log) + 1, args.epochs + 1):
+        if stop and stop():
+            if rank == 0 and out and log:
+                save_checkpoint(out, parts, log, queue=queue)
+            break
         torch.manual_seed(args.seed * 10**6 + epoch)  # in each epoch, so that resuming is exact
         model.train()
         start = shown = time.monotonic()
@@ -479,7 +494,12 @@ def fail(message, code=2):
     """End the program with one line on stderr."""
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(2)  # torchrun ends this process meanwhile, if the first has failed too
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
+    print(f"{Path(__file__).name}: {message[:2000]}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads it: nor should Python try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 
 
@@ -519,21 +539,33 @@ def parse_args(argv, find_domain):
 
 
 def begin_run(out, config):
-    """Begin the run folder, or see that the run in it has the same flags and data."""
+    """Begin the run folder, or see that the run in it has the same flags and data.
+
+    Returns a file that is locked, for this process alone, until it is closed or the process ends.
+    """
     path = out / "config.json"
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is at work in {out}: wait for it, or take another --out")
     if not path.exists() and not (out / "checkpoint.pt").exists():
-        out.mkdir(parents=True, exist_ok=True)
         save(json.dumps(config, indent=2) + "\n", path)
-        return
+        return lock
     was = asdict(Args()) | json.loads(path.read_text())
     may_change = ("data_dir device compile out resume eval_every torch labels probe all_features "
                   "linear_epochs linear_lr linear_batch_size finetune finetune_lr").split()
     for name in config:
         if name in may_change:
             continue
+        if name == "data_digest" and was.get(name) != config[name]:
+            fail(f"{out} was begun with other data: values, order, labels or columns differ: give "
+                 "the same data, or take another --out")
         if was.get(name) != config[name]:
             fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, "
                  "or take another --out")
+    return lock
 
 
 def make_encoder(data, arch, width):
@@ -551,6 +583,7 @@ def main(argv=None):
     run = f"{Path(__file__).stem}-{dataset}-alpha{args.alpha:g}-seed{args.seed}"
     out = Path(args.out or f"runs/{run}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever name is to be shown
     begun = (out / "config.json").exists() or (out / "checkpoint.pt").exists()
     if rank == 0 and begun and not (args.resume or args.embed):
         fail(f"{out} holds a run: --resume goes on with it, --out takes another folder")
@@ -594,10 +627,12 @@ def main(argv=None):
             config = asdict(args) | {"script": Path(__file__).stem, "device": str(device),
                                      "torch": torch.__version__, "data_digest": data.digest(),
                                      "train_examples": len(data.x_train)}
-            begin_run(out, config)
+            lock = begin_run(out, config)  # held to the end
             save(json.dumps(data.spec, indent=2) + "\n", out / "data.json")
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         fail(error)
+    except OSError as error:
+        fail(error, 1)
     if rank == 0 and world > 1:
         dist.barrier()
     if not (out / "config.json").exists():
@@ -632,7 +667,12 @@ def main(argv=None):
         return result
 
     try:
-        pretrain(encoder, head, loader, args, out, evaluate)
+        stopped = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+        log = pretrain(encoder, head, loader, args, out, evaluate, stopped.is_set)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if len(log) < args.epochs:
+            fail(f"stopped after epoch {len(log)}; the same command with --resume goes on", 1)
         if world > 1:
             dist.destroy_process_group()
         if rank == 0:
@@ -643,6 +683,7 @@ def main(argv=None):
             path = out / f"result{labels}{finetune}.json"
             save(json.dumps(evaluate(untrained), indent=2) + "\n", path)
             common.save_features(out / "features.npz", encoder, data, untrained, args.all_features)
+            lock.close()
     except ValueError as error:
         fail(error)
     except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:
@@ -654,7 +695,10 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("stopped; the same command with --resume goes on", 130)
-    except RuntimeError:
+    except (RuntimeError, MemoryError) as error:
         if dist.is_initialized():
             time.sleep(2)  # torchrun ends this process meanwhile, if another has failed
-        raise
+        if not re.search("allocate|memory|overflow", repr(error)):
+            raise
+        fail(f"out of memory ({str(error).splitlines()[0]}): lower --batch-size or the network's "
+             "size; the last checkpoint, if any, stays", 1)

@@ -847,12 +847,13 @@ def test_no_augment_makes_both_views_the_plain_input(tmp_path, monkeypatch, scri
 
     def pretrain(*args):
         calls.append(args)
+        return range(args[-4].epochs)
 
     monkeypatch.setattr(script, "pretrain", pretrain)
     script.main([
         "--dataset", str(folder), "--arch", "resnet18", "--batch-size", "8", "--no-augment",
         "--linear-epochs", "1", "--device", "cpu", "--out", str(tmp_path / "run")])
-    *_, loader, _, _, _ = calls[0]  # then args, out, evaluate
+    *_, loader, _, _, _, _ = calls[0]  # then args, out, evaluate, stop
     (x, x_tilde), = loader
     assert torch.equal(x, x_tilde)
     plain = log_mel(load_folder(folder).x_train / 32768)
