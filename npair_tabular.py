@@ -398,7 +398,7 @@ def begin_run(out, config):
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another process is at work in {out}: wait for it, or take another --out")
     if not path.exists() and not (out / "checkpoint.pt").exists():

@@ -72,8 +72,8 @@ def test_a_run_writes_its_folder_and_learns(tmp_path, capsys):
     npair_tabular.main([*TABLE, "--epochs", "12", "--linear-epochs", "50", "--eval-every", "6",
                         "--out", str(out)])
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoint.pt", "config.json", "data.json", "encoder.pt", "features.npz", "log.csv",
-        "result.json"]
+        "checkpoint.pt", "config.json", "data.json", "encoder.pt", "features.npz", "lock",
+        "log.csv", "result.json"]
     config = json.loads((out / "config.json").read_text())
     assert config["alpha"] == 2.0 and config["epochs"] == 12 and config["device"] == "cpu"
     assert config["torch"] == torch.__version__
@@ -418,7 +418,7 @@ def test_data_that_have_changed_are_refused(capsys, tmp_path):
            "--epochs", "2", "--linear-epochs", "2", "--out", tmp_path / "run", "--device", "cpu"]
     npair_tabular.main([str(flag) for flag in run])
     path.write_text("\n".join(["p,q,y", *rows]).replace("6,", "5,"))
-    assert "data_digest" in ends(capsys, npair_tabular, *run, "--resume")
+    assert "other data" in ends(capsys, npair_tabular, *run, "--resume")
 
 
 def test_a_damaged_run_folder(capsys, tmp_path):
@@ -430,7 +430,7 @@ def test_a_damaged_run_folder(capsys, tmp_path):
     ends(capsys, npair_tabular, *run, "--resume")
     file = tmp_path / "file"
     file.write_text("no folder")
-    ends(capsys, npair_tabular, *TABLE, "--out", file / "run")
+    ends(capsys, npair_tabular, *TABLE, "--out", file / "run", code=1)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"),
