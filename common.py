@@ -232,10 +232,16 @@ def embed(path, out, device, make_encoder):
     """
     if not (out / "encoder.pt").exists():
         raise DataError(f"--embed: {out} holds no finished run: give its folder with --out")
-    config, spec = (json.loads((out / name).read_text()) for name in ("config.json", "data.json"))
-    data = load_new(path, spec, device)
-    encoder = make_encoder(data, config).to(device)
-    encoder.load_state_dict(torch.load(out / "encoder.pt", map_location=device, weights_only=True))
+    try:
+        data = load_new(path, json.loads((out / "data.json").read_text()), device)
+        encoder = make_encoder(data, json.loads((out / "config.json").read_text())).to(device)
+        weights = torch.load(out / "encoder.pt", map_location=device, weights_only=True)
+        encoder.load_state_dict(weights)
+    except DataError:
+        raise
+    except Exception as error:  # of a damaged file, almost any
+        raise DataError(f"--embed: {out} can't be read as a finished run of this script "
+                        f"({one_line(error)[:200]})") from None
     features = out / f"features-{Path(path).stem}.npz"
     save_features(features, encoder, data)
     print(f"{features}: the representations of {len(data.x_train):,} examples")

@@ -599,7 +599,7 @@ def begin_run(out, config):
     if not path.exists() and not (out / "checkpoint.pt").exists():
         save(json.dumps(config, indent=2) + "\n", path)
         return lock
-    was = asdict(Args()) | json.loads(path.read_text())
+    was = asdict(Args()) | dict(json.loads(path.read_text()))
     may_change = ("data_dir device compile out resume eval_every torch labels probe all_features "
                   "linear_epochs linear_lr linear_batch_size finetune finetune_lr").split()
     for name in config:
@@ -617,7 +617,7 @@ def begin_run(out, config):
 def main(argv=None):
     import common  # here, so that a script that is copied alone can be imported
     args, domain = parse_args(argv, common.domain)
-    dataset = Path(args.dataset).name.split(".")[0]
+    dataset = Path(args.dataset).name.split(".")[0][:100]
     run = f"{Path(__file__).stem}-{dataset}-alpha{args.alpha:g}-seed{args.seed}"
     out = Path(args.out or f"runs/{run}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
