@@ -191,8 +191,8 @@ def load(domain, args, device):
 
 def batch_size_for(data):
     """A batch size for data of one's own: up to the published one, so that an epoch has 4 steps."""
-    largest = 512 if data.groups else 256
-    return min(largest, max(2, 2 ** int(math.log2(max(len(data.x_train) / 4, 2)))))
+    largest, n = 512 if data.groups else 256, max(len(data.x_train), 8)
+    return min(largest, 2 ** int(math.log2(n / 4)))
 
 
 def width_for(data):
@@ -391,8 +391,9 @@ def sklearn_eval(encoder, data, labels=None):
 def evaluate(encoder, data, args, untrained=None):
     """The evaluation that a script's flags ask for, as of linear_eval, or of sklearn_eval.
 
-    With the untrained encoder given, also of the raw input and of that encoder, by the same
-    classifier, so that what was gained is seen. Without labels there is none.
+    With the untrained encoder given, also of that encoder and of the raw input, so that what was
+    gained is seen: by the same classifier, but of raw input always by scikit-learn's, as SGD at the
+    published learning rate does not converge on pixels. Without labels there is none.
     """
     if not len(data.y_test) or not (data.num_classes or data.y_test.is_floating_point()):
         return {"protocol": "none, for want of labels"}
@@ -408,7 +409,7 @@ def evaluate(encoder, data, args, untrained=None):
     result = result_of(encoder, finetune_lr)
     if untrained is not None:
         score = next(iter(result))  # test_accuracy or test_r2
-        result[f"raw_{score}"] = result_of(nn.Flatten())[score]
+        result[f"raw_{score}"] = sklearn_eval(nn.Flatten(), data, args.labels)[score]
         result[f"untrained_{score}"] = result_of(untrained, finetune_lr)[score]
     return result
 
@@ -878,8 +879,9 @@ def list_examples(path, types, what):
         parts = {SPLITS.get(name.lower(), ""): name for name in folders} or {"": ""}
         if "" in parts:  # a class may be called train
             parts = {"": ""}
-        elif "train" not in parts:
-            raise DataError(f"{path}: {', '.join(folders)}, but no folder train: give one")
+        elif "train" not in parts or len(parts) < len(folders):
+            raise DataError(f"{path} holds {', '.join(map(quote, folders))}: give one folder train "
+                            "and one folder test")
         elif "val" in parts and parts.setdefault("test", parts["val"]) != parts["val"]:
             print(f"{path}: {parts['val']} is left out, {parts['test']} is the test", flush=True)
         found = [(part, *file) for part, root in parts.items() if part != "val"
@@ -901,10 +903,13 @@ def list_files(path, root, types, what):
     top = path / root
     classes = visible(entry.name for entry in os.scandir(top) if entry.is_dir())
     for name in ["", *classes]:
-        before, seen = len(found), set()
-        for folder, folders, files in os.walk(top / name, followlinks=True):
-            folders[:] = visible(folders) if name and os.path.realpath(folder) not in seen else []
-            seen.add(os.path.realpath(folder))  # a link may lead back
+        before, seen = len(found), {os.path.realpath(top)} if name else set()
+        for folder, folders, files in os.walk(top / name, onerror=reraise, followlinks=True):
+            folders[:] = visible(folders) if name else []
+            if os.path.realpath(folder) in seen:  # a link leads back
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
             for file in visible(files):
                 full = os.path.join(folder, file)
                 if file.lower().endswith(types) and (os.path.isfile(full) or
@@ -923,6 +928,11 @@ def list_files(path, root, types, what):
         print(f"{top}: {deep:,} of {len(found):,} {what} are in folders within their class's",
               flush=True)
     return found
+
+
+def reraise(error):
+    """Raise what os.walk would pass over."""
+    raise error
 
 
 def visible(names):

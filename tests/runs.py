@@ -79,7 +79,9 @@ def svg(panels, dots=False):
         parts.append(f'<g transform="translate({i * WIDTH})">'
                      f'<text x="45" y="15" font-weight="bold">{escape(title)}</text>')
         xs, ys = zip(*(point for points in curves.values() for point in points))
-        x_ticks, y_ticks = ticks(xs if dots else (0, *xs)), ticks(ys)
+        x_ticks, y_ticks = ticks((0, *xs)), ticks(ys)
+        if dots:
+            x_ticks, y_ticks = (min(xs), max(xs)), (min(ys), max(ys))
         left, right, top, bottom = 45, WIDTH - 95, 25, HEIGHT - 35
 
         def at(x, y):

@@ -242,10 +242,10 @@ def test_flags_reach_the_loop(monkeypatch, tmp_path, script, domain):
     (x, x_tilde), (plain, plain_tilde) = next(iter(plain_loader)), next(iter(loader))
     assert len(x) == 16 and torch.equal(plain, plain_tilde)  # --no-augment
     assert not torch.equal(x, x_tilde) or (domain == "table" and script is not npair_tabular)
-    (encoder, _, *rest), (raw, _, *of_raw), (untrained, _, *of_untrained) = evaluated[3:]
-    assert encoder is nets[0] and isinstance(raw, torch.nn.Flatten)
+    (encoder, _, *rest), (untrained, _, *of_untrained) = evaluated[2:]
+    assert encoder is nets[0]
     assert rest == [9, 30, 0.6, 5, 0.5, 0.04]  # epochs, batch, lr, seed, labels, the encoder's lr
-    assert of_raw == rest[:5] + [None] and of_untrained == rest and untrained is not encoder
+    assert of_untrained == rest and untrained is not encoder
     torch.testing.assert_close(untrained.state_dict(), encoder.state_dict())
     assert all(list(net.parameters())[-1].shape == (32,) for net in nets[1:])
 
