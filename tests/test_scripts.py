@@ -519,7 +519,11 @@ def test_the_readmes_python_runs(tmp_path):
     """
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     blocks = [block for block in blocks if "captions" not in block]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    rows = [f"{i * i % 23},{i % 7},{'ab'[i % 2]}" for i in range(40)]
+    (tmp_path / "new.csv").write_text("\n".join(["p,q,kind", *rows]))  # which the last reads again
+    npair_tabular.main(["--dataset", str(tmp_path / "new.csv"), "--label-column", "kind",
+                        "--epochs", "1", "--out", str(tmp_path / "runs" / "my-run")])
     (tmp_path / "user.py").write_text("\n".join(blocks))
     subprocess.run([sys.executable, "user.py"], cwd=tmp_path, check=True,
                    env={**os.environ, "PYTHONPATH": str(ROOT)})
