@@ -221,11 +221,15 @@ def pictures(accuracy):
         if not rows:
             continue
         gain[method] = [(row.epochs, statistics.mean(gains(row, accuracy))) for row in rows]
-        logs = [folder(run) / "log.csv" for run in rows[-1].runs(0)]
-        if all(log.exists() for log in logs):
-            logs = [csv.DictReader(log.read_text().splitlines()) for log in logs]
-            curves = [[(int(line["epoch"]), float(line["loss"])) for line in log] for log in logs]
-            panels.append((f"{method}: loss", dict(zip(["without i-Mix", "with i-Mix"], curves))))
+        for seed in range(rows[-1].seeds):  # the curves of the first whose runs are here
+            runs = [folder(run) for run in rows[-1].runs(seed)]
+            if all((run / "result.json").exists() for run in runs):
+                logs = [csv.DictReader((run / "log.csv").read_text().splitlines()) for run in runs]
+                curves = [[(int(line["epoch"]), float(line["loss"])) for line in log]
+                          for log in logs]
+                names = ["without i-Mix", "with i-Mix"]
+                panels.append((f"{method}: loss", dict(zip(names, curves))))
+                break
     PICTURES.mkdir(exist_ok=True)
     for name, content in (("gain", [("points that i-Mix gains", gain)]), ("loss", panels)):
         if all(curves for _, curves in content) and content:
