@@ -658,7 +658,6 @@ def main(argv=None):
     encoder, head = encoder.to(device), head.to(device)
     view = data.plain if args.no_augment else data.view
     loader = common.TwoViews(data.x_train, view, args.batch_size)
-
     untrained = copy.deepcopy(encoder)
 
     def evaluate(untrained=None):
@@ -670,7 +669,7 @@ def main(argv=None):
         stopped = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stopped.set())
         log = pretrain(encoder, head, loader, args, out, evaluate, stopped.is_set)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: fail("stopped; --resume evaluates", 1))
         if len(log) < args.epochs:
             fail(f"stopped after epoch {len(log)}; the same command with --resume goes on", 1)
         if world > 1:
@@ -698,7 +697,7 @@ if __name__ == "__main__":
     except (RuntimeError, MemoryError) as error:
         if dist.is_initialized():
             time.sleep(2)  # torchrun ends this process meanwhile, if another has failed
-        if not re.search("allocate|memory|overflow", repr(error)):
+        if not re.search("out of memory|allocate|MemoryError|overflow", repr(error)):
             raise
         fail(f"out of memory ({str(error).splitlines()[0]}): lower --batch-size or the network's "
              "size; the last checkpoint, if any, stays", 1)

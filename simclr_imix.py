@@ -688,7 +688,6 @@ def main(argv=None):
     view = data.plain if args.no_augment else data.view
     y = data.y_train if args.supervised else None
     loader = common.TwoViews(data.x_train, view, args.batch_size, y)
-
     untrained = copy.deepcopy(encoder)
 
     def evaluate(untrained=None):
@@ -700,7 +699,7 @@ def main(argv=None):
         stopped = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stopped.set())
         log = pretrain(encoder, head, loader, args, out, evaluate, stopped.is_set)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: fail("stopped; --resume evaluates", 1))
         if len(log) < args.epochs:
             fail(f"stopped after epoch {len(log)}; the same command with --resume goes on", 1)
         if world > 1:
@@ -728,7 +727,7 @@ if __name__ == "__main__":
     except (RuntimeError, MemoryError) as error:
         if dist.is_initialized():
             time.sleep(2)  # torchrun ends this process meanwhile, if another has failed
-        if not re.search("allocate|memory|overflow", repr(error)):
+        if not re.search("out of memory|allocate|MemoryError|overflow", repr(error)):
             raise
         fail(f"out of memory ({str(error).splitlines()[0]}): lower --batch-size or the network's "
              "size; the last checkpoint, if any, stays", 1)
