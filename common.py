@@ -13,6 +13,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -80,7 +81,7 @@ class Dataset:
     probe: str = "sgd"
 
     def digest(self):
-        """A short SHA-256 of the examples, their labels and names, to tell other data by."""
+        """A short SHA-256 of the examples and labels and of spec, to tell other data by."""
         digest = hashlib.sha256(json.dumps(self.spec).encode())
         for tensor in (self.x_train, self.y_train, self.x_test, self.y_test):
             digest.update(tensor.cpu().contiguous().numpy())
@@ -156,16 +157,21 @@ def progress(text):
 def domain(dataset, known):
     """Which of the known domains, of "table", "image" and "speech", a --dataset is of.
 
-    digits are a table where tables are known, else images.
+    digits are a table where tables are known, else images. A folder is of what most files are.
     """
-    is_file = dataset.endswith((".csv", ".csv.gz")) or os.path.isfile(dataset)
-    recordings = (glob.iglob(depth + WAV, root_dir=dataset) for depth in ("", "*/", "*/*/"))
-    if dataset == "covtype" or is_file or (dataset == "digits" and "table" in known):
+    if dataset == "covtype" or dataset.endswith((".csv", ".csv.gz")) or os.path.isfile(dataset):
         found = "table"
-    elif dataset == "speech_commands" or any(map(any, recordings)):
-        found = "speech"
+    elif dataset == "digits":
+        found = "table" if "table" in known else "image"
     else:
+        files = (file for depth in ("*", "*/*", "*/*/*", "*/*/*/*")
+                 for file in glob.iglob(depth, root_dir=dataset))
+        kinds = collections.Counter(os.path.splitext(file)[1].lower()
+                                    for file in itertools.islice(files, 100_000))
+        recordings, images = kinds[".wav"], sum(kinds[kind] for kind in IMAGES)
         found = "image"
+        if dataset == "speech_commands" or recordings > images:
+            found = "speech"
     if found not in known:
         raise DataError(f"--dataset {quote(dataset)} is {found} data, and this script takes "
                         f"{' and '.join(known)} data: take one of the other scripts")
@@ -183,16 +189,21 @@ def load(domain, args, device):
         data = load_speech(*source, version=args.speech_version, train_size=args.train_size)
     else:
         data = load_images(*source, image_size=args.image_size, train_size=args.train_size)
-    if getattr(args, "supervised", False) and (not data.num_classes or
-                                               data.labelled < len(data.y_train)):
-        raise DataError("--supervised needs the class of every training example")
+    if getattr(args, "supervised", False):
+        if not data.num_classes or data.labelled < len(data.y_train):
+            raise DataError("--supervised needs the class of every training example")
+    if data.labelled and args.labels:
+        few_labels(data, args.labels)  # refused now rather than after the training
+    if data.y_train.is_floating_point() and (args.probe == "sgd" or args.finetune):
+        raise DataError("the labels are numbers to predict: leave out --probe sgd and --finetune")
     return data
 
 
 def batch_size_for(data):
-    """A batch size for data of one's own: up to the published one, so that an epoch has 4 steps."""
-    largest, n = 512 if data.groups else 256, max(len(data.x_train), 8)
-    return min(largest, 2 ** int(math.log2(n / 4)))
+    """A batch size for data of one's own: a power of two that gives an epoch at least 4 steps."""
+    published = 512 if data.groups else 256
+    n = max(len(data.x_train), 8)
+    return min(published, 2 ** int(math.log2(n / 4)))
 
 
 def width_for(data):
@@ -202,24 +213,24 @@ def width_for(data):
 
 def load_new(path, spec, device):
     """New rows, images or recordings, read as data.json says: a Dataset's x_train, order, names."""
-    path, names = Path(path), None
-    if spec["domain"] != "table":
+    path, names, plain = Path(path), None, plain_speech
+    if spec["domain"] == "table":
+        x, plain = standardized(read_new_rows(path, spec), spec, device), lambda x: x
+    else:
         what, types = {"image": ("images", IMAGES), "speech": ("recordings", (".wav",))}[
             spec["domain"]]
-        names = np.array([path.name])
-        folder = path.parent
+        folder, names = path.parent, np.array([path.name])
         if not path.is_file():
             folder, names = path, list_examples(path, types, what)[0]
-    if spec["domain"] == "speech":
-        x, plain = torch.tensor(read_clips(folder, names), device=device), plain_speech
-    elif spec["domain"] == "image":
-        x = read_images(folder, names, spec["image_size"], len(spec["mean"]))
-        x, to_input = torch.tensor(x, device=device), input_of(spec, device)
+        if spec["domain"] == "image":
+            x = read_images(folder, names, spec["image_size"], len(spec["mean"]))
+            to_input = input_of(spec, device)
 
-        def plain(x):
-            return to_input(x / 255)
-    else:
-        x, plain = standardized(read_new_rows(path, spec), spec, device), lambda x: x
+            def plain(x):
+                return to_input(x / 255)
+        else:
+            x = read_clips(folder, names)
+        x = torch.tensor(x, device=device)
     y = torch.full([len(x)], -1)
     return Dataset(x, y, x[:0], y[:0], 0, plain, plain, groups=spec.get("groups"), spec=spec,
                    order=np.arange(len(x)), names=names)
@@ -237,7 +248,7 @@ def embed(path, out, device, make_encoder):
         encoder = make_encoder(data, json.loads((out / "config.json").read_text())).to(device)
         weights = torch.load(out / "encoder.pt", map_location=device, weights_only=True)
         encoder.load_state_dict(weights)
-    except DataError:
+    except (DataError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of a damaged file, almost any
         raise DataError(f"--embed: {out} can't be read as a finished run of this script "
@@ -254,28 +265,30 @@ def save_features(path, encoder, data, untrained=None, all_test=True):
     it a test example; label (n,), and the classes that it counts; untrained (n, size), by that
     encoder. Without all_test, test examples are left out where they are more than 100,000.
     """
-    parts, n = [data.x_train], len(data.x_train)
+    parts = [data.x_train]
     if all_test or len(data.x_test) <= 100_000:
         parts.append(data.x_test)
+    order = data.order[: sum(map(len, parts))]
+    kept = order.argsort()
+    kept = kept[order[kept] >= 0]  # without the clips of silence, which are of no file
 
     def features(encoder):
-        return torch.cat([encode(encoder, data.plain, x).cpu() for x in parts if len(x)]).numpy()
+        encoded = [encode(encoder, data.plain, x, "cpu") for x in parts if len(x)]
+        return torch.cat(encoded).numpy()[kept]
 
-    arrays = {"features": features(encoder)}
-    order = data.order[: len(arrays["features"])]
+    arrays = {"features": features(encoder), "test": kept >= len(data.x_train),
+              "label": torch.cat([data.y_train, data.y_test]).cpu().numpy()[kept],
+              "classes": np.array(data.spec["classes"], str)}
     if untrained is not None:
         arrays["untrained"] = features(untrained)
-    arrays["test"] = np.arange(len(order)) >= n
-    arrays["label"] = torch.cat([data.y_train, data.y_test])[: len(order)].cpu().numpy()
-    arrays["row" if data.names is None else "name"] = (
-        order if data.names is None else np.array(data.names)[order])
-    kept = order.argsort()
-    kept = kept[order[kept] >= 0]
-    arrays = {name: array[kept] for name, array in arrays.items()}
+    if data.names is None:
+        arrays["row"] = order[kept]
+    else:
+        arrays["name"] = data.names[order[kept]]
     part = path.with_suffix(".tmp")
     try:
         with open(part, "wb") as file:
-            np.savez(file, **arrays, classes=np.array(data.spec["classes"], str))
+            np.savez(file, **arrays)
         os.replace(part, path)
     except BaseException:  # the disk is full, Ctrl-C
         part.unlink(missing_ok=True)
@@ -303,7 +316,6 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0, labe
     x, y = few_labels(data, labels)
     if len(x) < batch_size:
         batch_size, lr = len(x), lr * len(x) / batch_size
-    modes = [module.training for module in encoder.modules()]
     model = encoder if finetune_lr is None else copy.deepcopy(encoder)
     view = data.eval_view or data.plain
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -336,13 +348,8 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0, labe
             features = encode(model, view, x)
     with torch.no_grad():
         train_correct = (classifier(features).argmax(1) == y).sum()
-        test_correct = torch.zeros_like(train_correct)
-        batches = list(zip(data.x_test.split(512), data.y_test.split(512)))
-        for i, (x_test, y_test) in enumerate(batches):
-            test_correct += (classifier(model(data.plain(x_test))).argmax(1) == y_test).sum()
-            progress(f"linear evaluation: test examples {i / len(batches):.0%}")
-    for module, mode in zip(encoder.modules(), modes):
-        module.training = mode
+        features = encode(model, data.plain, data.x_test)
+        test_correct = (classifier(features).argmax(1) == data.y_test).sum()
     trained = "frozen features" if finetune_lr is None else f"an encoder trained at {rates[1]:g}"
     protocol = (f"linear classifier on {trained}: SGD, momentum 0.9, lr {lr:g}, batch "
                 f"{batch_size}, {epochs} epochs, x 0.2 after 80, 90 and 95 %, {len(x)} labels")
@@ -373,10 +380,7 @@ def sklearn_eval(encoder, data, labels=None):
     """
     start = time.monotonic()
     x, y = few_labels(data, labels)
-    modes = [module.training for module in encoder.modules()]
-    x, x_test = (encode(encoder, data.plain, part).cpu().numpy() for part in (x, data.x_test))
-    for module, mode in zip(encoder.modules(), modes):
-        module.training = mode
+    x, x_test = (encode(encoder, data.plain, part, "cpu").numpy() for part in (x, data.x_test))
     y, y_test = y.cpu().numpy(), data.y_test.cpu().numpy()
     model, name, score = LogisticRegression(max_iter=1000), "logistic regression", "accuracy"
     if not data.num_classes:
@@ -384,7 +388,8 @@ def sklearn_eval(encoder, data, labels=None):
     with warnings.catch_warnings(action="ignore"):  # after 1,000 iterations
         model = make_pipeline(StandardScaler(), model).fit(x, y)
     return {f"test_{score}": model.score(x_test, y_test), f"train_{score}": model.score(x, y),
-            "protocol": f"scikit-learn's {name} on standardised frozen features, {len(x)} labels",
+            "protocol": f"scikit-learn's {name} on standardised frozen features, at most 1,000 "
+                        f"iterations, {len(x)} labels",
             "seconds": round(time.monotonic() - start, 1)}
 
 
@@ -408,7 +413,7 @@ def evaluate(encoder, data, args, untrained=None):
     finetune_lr = args.finetune_lr if args.finetune else None
     result = result_of(encoder, finetune_lr)
     if untrained is not None:
-        score = next(iter(result))  # test_accuracy or test_r2
+        score = "test_accuracy" if data.num_classes else "test_r2"
         result[f"raw_{score}"] = sklearn_eval(nn.Flatten(), data, args.labels)[score]
         result[f"untrained_{score}"] = result_of(untrained, finetune_lr)[score]
     return result
@@ -416,10 +421,9 @@ def evaluate(encoder, data, args, untrained=None):
 
 def in_words(result, data):
     """A line about an evaluation's result."""
-    score = next(iter(result))
-    if score == "protocol":
+    if result.keys() == {"protocol"}:
         return f"evaluation: {result['protocol']}"
-    name = {"test_accuracy": "accuracy", "test_r2": "R^2"}[score]
+    score, name = ("test_accuracy", "accuracy") if data.num_classes else ("test_r2", "R^2")
     beside = ""
     if f"raw_{score}" in result:
         raw = {"table": "raw columns", "image": "pixels", "speech": "log-mel"}[data.spec["domain"]]
@@ -430,10 +434,20 @@ def in_words(result, data):
 
 
 @torch.no_grad()
-def encode(encoder, view, x):
-    """The features (n, feature size) of these views of raw examples x, the encoder in eval mode."""
+def encode(encoder, view, x, device=None):
+    """The features (n, feature size) of views of raw examples x, by the encoder in eval mode.
+
+    They are put on the device, by default where they are. Its modes are afterwards as before.
+    """
+    modes = [module.training for module in encoder.modules()]
     encoder.eval()
-    return torch.cat([encoder(view(batch)) for batch in x.split(512)])
+    batches, features = x.split(512), []
+    for i, batch in enumerate(batches):
+        features.append(encoder(view(batch)).to(device))
+        progress(f"evaluation: {i / len(batches):.0%} of {len(x):,} examples")
+    for module, mode in zip(encoder.modules(), modes):
+        module.training = mode
+    return torch.cat(features)
 
 
 # ---------------------------------------------------------------------------- tables
@@ -496,7 +510,7 @@ def load_table(dataset, data_dir, device, *, mask=0.2, standardize="train", labe
 
 
 def standardized(x, spec, device):
-    """Rows x (n, columns), the first ones by the means and deviations of data.json, in float32."""
+    """Rows x (n, columns), which are overwritten, standardised as data.json says, in float32."""
     continuous = len(spec["mean"])
     x[:, :continuous] = (x[:, :continuous] - spec["mean"]) / spec["std"]
     return torch.tensor(x, dtype=torch.float32, device=device)
@@ -537,7 +551,7 @@ def read_covtype(data_dir):
 def read_numbers(path):
     """A CSV file of nothing but numbers, with or without a header line: (n, columns) float64."""
     first = pd.read_csv(path, header=None, nrows=1, dtype=str).iat[0, 0]
-    header = None if first[0].isdigit() else 0
+    header = None if PLAIN.fullmatch(first.strip()) else 0
     return pd.read_csv(path, header=header, dtype=np.float64).to_numpy(copy=True)
 
 
@@ -559,7 +573,7 @@ def read_csv(path, label_column, test_share, missing):
         train = np.concatenate([train, rows[n:]])
     columns, left_out = describe_columns(path, frame, separator, train, missing)
     if not columns:
-        raise DataError(f"{path}: no column is left beside the labels {quote(label_column)}")
+        raise DataError(f"{path}: no column that can be used is left")
     x, groups = code_rows(path, frame, columns)
 
     kinds = [column["kind"] for column in columns]
@@ -576,9 +590,8 @@ def read_csv(path, label_column, test_share, missing):
         parts.append("left out " + ", ".join(f"{quote(name)} ({why})"
                                              for name, why in left_out.items()))
     print(f"{path}: {'; '.join(parts)}", flush=True)
-    ignored = [*left_out, *filter(None, [label_column])]
     return x, y, train, test, {"columns": columns, "groups": groups, "classes": classes,
-                               "ignored": ignored}
+                               "ignored": [*left_out, label_column]}
 
 
 def read_new_rows(path, spec):
@@ -592,6 +605,8 @@ def read_new_rows(path, spec):
         if x.shape[1] not in (n, n + 1):
             raise DataError(f"{path} has {x.shape[1]} columns, and in training there were {n}, and "
                             "the labels after them")
+        if not np.isfinite(x).all():
+            raise DataError(f"{path}: a value is missing or not finite: fill it in")
         return x[:, :n]
     frame, _ = read_cells(path)
     names = {column["name"] for column in spec["columns"]}
@@ -630,10 +645,10 @@ def read_cells(path):
         codes, texts = pd.factorize(cells[column])
         cells[column] = np.array([text.strip() for text in texts], object)[codes]
     names = [name or f"column {i}" for i, name in enumerate(cells.iloc[0], 1)]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"{path}: {names.count(name)} columns are called {quote(name)}: rename "
-                            "or remove all but one")
+    name, times = collections.Counter(names).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{path}: {times} columns are called {quote(name)}: rename or remove all "
+                        "but one")
     if len(cells) == 1:
         raise DataError(f"{path}: no rows below the header line")
     return cells[1:].set_axis(names, axis=1).reset_index(drop=True), separator
@@ -728,9 +743,7 @@ def describe_columns(path, frame, separator, train, missing):
             elif len(decimal) == 2 and separator != "," and cells.str.contains(",").any():
                 refuse_cell(path, name, 0, cells, "may have a decimal comma or thousands")
             column |= {"decimal": decimal[0], "unit": unit}
-        if missing == "impute":
-            column["fill"] = None
-        elif absent.any():
+        if missing == "refuse" and absent.any():
             refuse_cell(path, name, absent.argmax(), cells, "is a missing value (--missing impute)")
         values = read_values(path, column, cells)
         known, different = values[train][~absent[train]], np.unique(values[~absent])
@@ -746,14 +759,15 @@ def describe_columns(path, frame, separator, train, missing):
                 refuse_cell(path, name, 0, cells, f"is one of {len(different):,} different texts, "
                             "which are too many for one-hot")
             column |= {"kind": "category", "values": different.tolist()}
-        elif tells_the_row(name, values):
+        elif tells_the_row(name, values[~absent]):
             left_out[name] = "tells the row: shuffle the rows to keep it"
             continue
         else:
             column["kind"] = "number"
-        if missing == "impute":
-            commonest = pd.Series(known).mode()[0]
-            column["fill"] = float(np.median(known)) if column["kind"] == "number" else commonest
+        if missing == "impute" and column["kind"] == "number":
+            column["fill"] = float(np.median(known))
+        elif missing == "impute":
+            column["fill"] = pd.Series(known).mode()[0]
         columns.append(column)
         if absent[train].any():
             columns.append({"name": name, "kind": "missing"})
@@ -871,8 +885,8 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
 def list_examples(path, types, what):
     """The files of a folder that are examples: names below path, and a class and a part of each.
 
-    The class is the folder that a file lies in, at any depth, "" for files beside the classes'
-    folders. The part is "train" or "test", as of train/CLASS/* and test/CLASS/*, else "".
+    The class is the first folder below path, or below train and test where there are these, ""
+    for files beside such folders. The part is "train" or "test", or "" where nothing tells it.
     """
     try:
         folders = visible(entry.name for entry in os.scandir(path) if entry.is_dir())
@@ -882,8 +896,10 @@ def list_examples(path, types, what):
         elif "train" not in parts or len(parts) < len(folders):
             raise DataError(f"{path} holds {', '.join(map(quote, folders))}: give one folder train "
                             "and one folder test")
-        elif "val" in parts and parts.setdefault("test", parts["val"]) != parts["val"]:
+        elif "val" in parts and "test" in parts:
             print(f"{path}: {parts['val']} is left out, {parts['test']} is the test", flush=True)
+        elif "val" in parts:
+            parts["test"] = parts["val"]
         found = [(part, *file) for part, root in parts.items() if part != "val"
                  for file in list_files(path, root, types, what)]
     except OSError as error:
@@ -915,7 +931,8 @@ def list_files(path, root, types, what):
                 if file.lower().endswith(types) and (os.path.isfile(full) or
                                                      os.path.islink(full)):
                     found.append((name, os.path.relpath(full, path)))
-                    deep += name != "" and folder != str(top / name)
+                    if name and folder != str(top / name):
+                        deep += 1
                 elif name:
                     others[os.path.splitext(file)[1] or file] += 1
         if name and len(found) == before:
@@ -944,12 +961,12 @@ def split_examples(path, labels, parts):
     """y (n,), the classes, and the training and the test rows of labels ("": none) and parts."""
     classes, y, counts = np.unique(labels[labels != ""], return_inverse=True, return_counts=True)
     indices = np.full(len(labels), -1)
+    train, test = np.flatnonzero(parts != "test"), np.flatnonzero(parts == "test")
     if len(classes) < 2:
         print(f"{path}: {len(labels):,} files of no or one class, so no evaluation", flush=True)
-        return indices, [], np.flatnonzero(parts != "test"), np.flatnonzero(parts == "test")
+        return indices, [], train, test
     indices[labels != ""] = y
     print(f"{path}: {in_classes(classes, counts)}", flush=True)
-    train, test = np.flatnonzero(parts != "test"), np.flatnonzero(parts == "test")
     if "" in labels[test]:
         raise DataError(f"{path}: the test has files beside its classes' folders: move them")
     if missing := set(labels[test]) - set(labels[train]):
@@ -1001,8 +1018,7 @@ def load_images(dataset, data_dir, device, *, image_size=32, train_size=None):
         train, test = split(np.arange(len(x)), y, 0.2)
         classes = [str(i) for i in range(10)]
     else:
-        folder = read_image_folder(Path(dataset), image_size, device)
-        x, y, classes, train, test, names = folder
+        x, y, classes, train, test, names = read_image_folder(Path(dataset), image_size, device)
         probe = "logistic"
     train, labelled = labelled_first(subset(train, y[train], train_size), y)
     if dataset in CIFAR:
@@ -1398,10 +1414,10 @@ def read_wav(path):
     """The samples (n,) int16 of a PCM WAV file of 8 to 32 bit, at 16 kHz, its channels' mean."""
     try:
         raw = bytearray(path.read_bytes())
-        data = raw.find(b"data") + 4
-        size = int.from_bytes(raw[data : data + 4], "little")
+        at = raw.find(b"data") + 4
+        size = int.from_bytes(raw[at : at + 4], "little")
         if size == 0 or size > 0x7FFF0000:  # not known when it was written, as into a pipe
-            raw[data : data + 4] = (len(raw) - data - 4).to_bytes(4, "little")
+            raw[at : at + 4] = (len(raw) - at - 4).to_bytes(4, "little")
             raw[4:8] = (len(raw) - 8).to_bytes(4, "little")
         tag = raw.find(b"fmt ") + 8
         if raw[tag : tag + 2] == b"\xfe\xff":  # "extensible", which Python 3.11 refuses

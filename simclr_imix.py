@@ -467,7 +467,7 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None, stop=None):
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         if stop and stop():
-            if rank == 0 and out and log:
+            if out and log:
                 save_checkpoint(out, parts, log)
             break
         torch.manual_seed(args.seed * 10**6 + epoch)  # in each epoch, so that resuming is exact
@@ -549,7 +549,7 @@ def fail(message, code=2):
     print(f"{Path(__file__).name}: {message[:2000]}", file=sys.stderr)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads it: nor should Python try again at its end
+    except OSError:  # nobody reads it, or the disk is full: nor should Python try again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 
@@ -594,12 +594,17 @@ def begin_run(out, config):
     lock = open(out / "lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         fail(f"another process is at work in {out}: wait for it, or take another --out")
+    except OSError as error:  # a file system without locks
+        print(f"{out} can't be locked ({error.strerror}): start no second process in it")
     if not path.exists() and not (out / "checkpoint.pt").exists():
         save(json.dumps(config, indent=2) + "\n", path)
         return lock
-    was = asdict(Args()) | dict(json.loads(path.read_text()))
+    try:
+        was = asdict(Args()) | dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        fail(f"{path} can't be read ({error}): move {out} away to start anew")
     may_change = ("data_dir device compile out resume eval_every torch labels probe all_features "
                   "linear_epochs linear_lr linear_batch_size finetune finetune_lr").split()
     for name in config:
@@ -640,12 +645,16 @@ def main(argv=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 stays float32
+    if args.embed and world > 1:
+        fail("--embed needs no torchrun: start it alone")
     if args.embed:
         try:
             return common.embed(args.embed, out, device, lambda data, was:
                                 resnet(was["arch"], *data.plain(data.x_train[:1]).shape[1:3]))
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             fail(error)
+        except OSError as error:
+            fail(error, 1)
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
@@ -690,18 +699,20 @@ def main(argv=None):
     loader = common.TwoViews(data.x_train, view, args.batch_size, y)
     untrained = copy.deepcopy(encoder)
 
-    def evaluate(untrained=None):
-        result = common.evaluate(encoder, data, args, untrained)
+    def evaluate(beside=None):
+        result = common.evaluate(encoder, data, args, beside)
         print(f"{common.in_words(result, data)}; {out}", flush=True)
         return result
 
     try:
         stopped = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+        if world == 1:  # torchrun stops its processes itself
+            signal.signal(signal.SIGTERM, lambda *_: stopped.set())
         log = pretrain(encoder, head, loader, args, out, evaluate, stopped.is_set)
-        signal.signal(signal.SIGTERM, lambda *_: fail("stopped; --resume evaluates", 1))
-        if len(log) < args.epochs:
+        if stopped.is_set():
             fail(f"stopped after epoch {len(log)}; the same command with --resume goes on", 1)
+        if world == 1:
+            signal.signal(signal.SIGTERM, lambda *_: fail("stopped; --resume evaluates", 1))
         if world > 1:
             dist.destroy_process_group()
         if rank == 0:
@@ -709,7 +720,8 @@ def main(argv=None):
             save(weights, out / "encoder.pt")
             labels = f"-labels{args.labels:g}" if args.labels else ""
             finetune = "-finetune" if args.finetune else ""
-            path = out / f"result{labels}{finetune}.json"
+            probe = f"-{args.probe}" if args.probe else ""
+            path = out / f"result{labels}{probe}{finetune}.json"
             save(json.dumps(evaluate(untrained), indent=2) + "\n", path)
             common.save_features(out / "features.npz", encoder, data, untrained, args.all_features)
             lock.close()
@@ -727,7 +739,8 @@ if __name__ == "__main__":
     except (RuntimeError, MemoryError) as error:
         if dist.is_initialized():
             time.sleep(2)  # torchrun ends this process meanwhile, if another has failed
-        if not re.search("out of memory|allocate|MemoryError|overflow", repr(error)):
+        if not re.search("out of memory|allocate|MemoryError|calculation overflowed", repr(error)):
             raise
-        fail(f"out of memory ({str(error).splitlines()[0]}): lower --batch-size or the network's "
-             "size; the last checkpoint, if any, stays", 1)
+        reason = str(error).partition("\n")[0]
+        fail(f"out of memory ({reason}): lower --batch-size or the network's size; the last "
+             "checkpoint, if any, stays", 1)

@@ -38,10 +38,8 @@ def table(folder):
         result, log = json.loads(path.read_text()), read_log(path.parent)
         per_epoch = config["train_examples"] // config["batch_size"] * config["batch_size"]
         seconds = sum(per_epoch / line["examples_per_s"] for line in log)
-        score = next(iter(result))  # test_accuracy or test_r2
+        score = "test_r2" if "test_r2" in result else "test_accuracy"
         scores = [result.get(name) for name in (score, f"raw_{score}", f"untrained_{score}")]
-        if score == "protocol":
-            scores = [None] * 3
         cells = [path.parent.relative_to(folder), config["script"], config["dataset"],
                  config["alpha"], len(log), config["seed"], f"{log[-1]['loss']:.4f}",
                  *("" if value is None else f"{value:.4f}" for value in scores), f"{seconds:,.0f}"]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 
-from runs import svg
+from runs import read_log, svg
 
 ROOT = Path(__file__).parent.parent
 RUNS, RECORD, PICTURES = ROOT / "runs/study", ROOT / "tests/study.csv", ROOT / "tests/pictures"
@@ -137,9 +137,8 @@ def record():
     for run in all_runs():
         result = folder(run) / "result.json"
         if result.exists():
-            values = json.loads(result.read_text())
-            log = list(csv.DictReader((folder(run) / "log.csv").read_text().splitlines()))
-            values |= log[-1] | json.loads((folder(run) / "config.json").read_text())
+            values = json.loads((folder(run) / "config.json").read_text())
+            values |= json.loads(result.read_text()) | read_log(folder(run))[-1]
             values |= {"run": run, "date": date.fromtimestamp(result.stat().st_mtime)}
             rows[run] = {name: values[name] for name in COLUMNS}
     with open(RECORD, "w", newline="") as file:
@@ -224,9 +223,8 @@ def pictures(accuracy):
         for seed in range(rows[-1].seeds):  # the curves of the first whose runs are here
             runs = [folder(run) for run in rows[-1].runs(seed)]
             if all((run / "result.json").exists() for run in runs):
-                logs = [csv.DictReader((run / "log.csv").read_text().splitlines()) for run in runs]
-                curves = [[(int(line["epoch"]), float(line["loss"])) for line in log]
-                          for log in logs]
+                curves = [[(line["epoch"], line["loss"]) for line in read_log(run)]
+                          for run in runs]
                 names = ["without i-Mix", "with i-Mix"]
                 panels.append((f"{method}: loss", dict(zip(names, curves))))
                 break

@@ -527,7 +527,7 @@ BAD_CSV = {  # a table, and what the message names beside the file
     "NA among numbers": (changed(6, "age", "NA"), ["age", "row 6", "NA"]),
     "a label seen once": (changed(8, "species", "yak"), ["species", "row 8", "yak"]),
     "names": (frame().assign(name=[f"n{i}" for i in range(60)]), ["'name'", "60"]),
-    "labels alone": (frame()[["species"]], ["species"]),
+    "labels alone": (frame()[["species"]], ["column"]),
     "no such column": (frame().rename(columns={"species": "kind"}),
                        ["species", *COLUMNS[:5], "kind"]),
     "too few rows": (frame(6), ["--test-share"]),
