@@ -6,6 +6,7 @@ import json
 import math
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,14 +221,16 @@ def test_a_checkpoint_comes_whole_or_not_at_all(monkeypatch, tmp_path, script):
     script.pretrain(*setup(script), args, tmp_path)
     before = (tmp_path / "checkpoint.pt").read_bytes()
 
-    def full(value, path):
-        path.write_bytes(b"half of it")
+    def full(path, content):
+        with open(path, "wb") as file:
+            file.write(b"half of it")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError):
         script.pretrain(*setup(script), dataclasses.replace(args, epochs=3), tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -119,7 +119,8 @@ def test_a_run_of_two_processes(tmp_path, script):
     assert shown.count("test accuracy") == 1 and shown.count("examples to train on") == 1
     assert "BatchNorm" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint.pt", "config.json", "encoder.pt", "log.csv", "result.json"]
+        "checkpoint.pt", "config.json", "data.json", "encoder.pt", "features.npz", "lock",
+        "log.csv", "result.json"]
     assert len(log_without_rate(tmp_path)) == 3
     result = result_without_time(tmp_path)
     script.main([*small(script), "--epochs", "2", "--out", str(tmp_path), "--resume"])
