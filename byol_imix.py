@@ -7,7 +7,7 @@ https://arxiv.org/abs/2010.08887
     python byol_imix.py --alpha 0                               # without i-Mix
     python byol_imix.py --ema 0 --symmetric --alpha 0           # SimSiam
     python byol_imix.py --dataset covtype                       # a table, its recipe
-    python byol_imix.py --dataset covtype --width 8 --epochs 40   # 62.4 %; with alpha 0: 61.0 %
+    python byol_imix.py --dataset covtype --width 8             # 66.8 %; with --alpha 0: 62.4 %
     python byol_imix.py --dataset speech_commands               # speech, its recipe
     python byol_imix.py --dataset my_images --arch resnet18     # your own: CLASS/* or WORD/*.wav
     python byol_imix.py --dataset my.csv --label-column kind    # your own table
