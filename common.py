@@ -9,6 +9,7 @@
 import collections
 import contextlib
 import copy
+import csv
 import glob
 import gzip
 import hashlib
@@ -21,6 +22,7 @@ import re
 import sys
 import tempfile
 import time
+import unicodedata
 import warnings
 import wave
 from collections.abc import Callable
@@ -54,8 +56,8 @@ class Dataset:
     """A data set, whole, on the training device.
 
     x_train, x_test: raw examples: rows (n, columns) float32, images (n, C, H, W) uint8, or clips
-    (n, samples) int16. y_train, y_test: (n,), their labels: int64 class indices, or float32
-    numbers to predict; -1 or NaN: it has none. num_classes: 0 where there are no classes. view:
+    (n, samples) int16. y_train, y_test: (n,), their labels: int64 class indices, or float64 numbers
+    to predict, on the CPU; -1 or NaN: it has none. num_classes: 0 where there are no classes. view:
     raw batch -> one random float32 view of it. plain: raw batch -> the float32 input. eval_view:
     raw batch -> the view of the training examples in the linear evaluation, where that is not
     plain. groups: tables only, the number of columns in each column group, in column order.
@@ -452,18 +454,20 @@ def encode(encoder, view, x, device=None):
 
 # ---------------------------------------------------------------------------- tables
 COVTYPE_TRAIN, COVTYPE_TEST = 15_120, 565_892  # rows
-MISSING = {"", "?", "na", "n/a", "#n/a", "nan", "-nan", "null", "none", "<na>"}  # in lower case
-GROUPED = r"[1-9]\d{0,2}([%s '’\u00a0\u202f]\d{3})+"  # 30,000
+MISSING = {"", "?", "na", "n/a", "#n/a", "nan", "-nan", "null", "<na>"}  # in lower case
+GROUPED = r"[1-9]\d{0,2}([%s '’\u00a0\u2009\u202f]\d{3})+"  # 30,000
 NUMBERS = {  # how numbers are written, by their decimal sign
     point: re.compile(rf"[-+]?(({GROUPED % comma}|\d+)([{point}]\d*)?|[{point}]\d+)(e[-+]?\d+)?|"
                       "[-+]?inf(inity)?", re.IGNORECASE) for point, comma in (".,", ",.")}
 PLAIN = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
-SIGNED = re.compile(r"([-+]?)\s*([$€£¥%]?)\s*(.*?)\s*([$€£¥%]?)", re.DOTALL)  # -$5, 12 %
-DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?|\d{1,2}:\d\d(:\d\d.*)?|"
-                  r"(\d{1,2}\W+)?(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\W.*\d.*",
+MONTH = (r"(jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|sept?(ember)?|"
+         r"oct(ober)?|nov(ember)?|dec(ember)?)")
+DATE = re.compile(r"(\d{4}[-/.]\d{1,2}([-/.]\d{1,2})?|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d\d))"
+                  r"([ T].*|Z)?|-?\d{1,2}:\d\d(:\d\d.*)?\s*([ap]m)?|"
+                  rf"(\w{{3,9}},?\s+)?(\d+(st|nd|rd|th)?\W+)?{MONTH}\W.*\d.*|\d+-{MONTH}-\d+",
                   re.IGNORECASE)
-ID_NAME = re.compile(r"(.*[_ .-])?(id|index|idx|key|uuid|guid|row|nr|no|number)|.*[a-z]I[dD]|"
-                     r"unnamed: \d+|column \d+", re.IGNORECASE)
+ID_NAMES = ("id ids index idx key uuid guid row rownames rownumber row_number nr nr. no no. # sno "
+            "s.no s.no. level_0").split()  # in lower case
 
 
 def load_table(dataset, data_dir, device, *, mask=0.2, standardize="train", label_column=None,
@@ -502,7 +506,9 @@ def load_table(dataset, data_dir, device, *, mask=0.2, standardize="train", labe
         return torch.cat([x[:, :continuous] * keep, x[:, continuous:]], dim=1)
 
     x_train, x_test = (standardized(x[part], spec, device) for part in (train, test))
-    y_train, y_test = (torch.tensor(y[part], device=device) for part in (train, test))
+    y_train, y_test = (torch.tensor(y[part]) for part in (train, test))
+    if spec["classes"]:  # numbers to predict stay on the CPU, in float64
+        y_train, y_test = y_train.to(device), y_test.to(device)
     probe = "logistic" if spec["columns"] else "sgd"
     return Dataset(x_train, y_train, x_test, y_test, len(spec["classes"]), view, lambda x: x,
                    groups=spec["groups"], labelled=labelled, spec=spec,
@@ -550,8 +556,11 @@ def read_covtype(data_dir):
 
 def read_numbers(path):
     """A CSV file of nothing but numbers, with or without a header line: (n, columns) float64."""
-    first = pd.read_csv(path, header=None, nrows=1, dtype=str).iat[0, 0]
-    header = None if PLAIN.fullmatch(first.strip()) else 0
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    first = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].astype(str).str.strip()
+    names = [str(i) for i in range(len(first))]  # as pandas has them
+    header = None if all(map(PLAIN.fullmatch, first)) and first.tolist() != names else 0
     return pd.read_csv(path, header=header, dtype=np.float64).to_numpy(copy=True)
 
 
@@ -562,7 +571,12 @@ def read_csv(path, label_column, test_share, missing):
     what was read. Rows are counted from 1, below the header.
     """
     frame, separator = read_cells(path)
-    y, classes, about = read_labels(path, frame, label_column)
+    formats = number_formats(path, frame, separator)
+    names = [name for name, column in formats.items() if column and number_format([name])[0]]
+    if any(float(b) <= float(a) for a, b in itertools.pairwise(names)) or \
+            any(not name.isdigit() for name in names):
+        raise DataError(f"{path}: is {quote(names[0])} a name? Give the file a header line")
+    y, classes, about = read_labels(path, frame, label_column, formats)
     rows, n = labelled_first(np.arange(len(y)), y)
     known, train, test = rows[:n], rows, rows[:0]
     if n:
@@ -571,7 +585,7 @@ def read_csv(path, label_column, test_share, missing):
         except ValueError as error:  # too few rows for the classes
             raise DataError(f"{path}: {error}: add rows or change --test-share") from None
         train = np.concatenate([train, rows[n:]])
-    columns, left_out = describe_columns(path, frame, separator, train, missing)
+    columns, left_out = describe_columns(path, frame, formats, train, missing)
     if not columns:
         raise DataError(f"{path}: no column that can be used is left")
     x, groups = code_rows(path, frame, columns)
@@ -582,10 +596,12 @@ def read_csv(path, label_column, test_share, missing):
     parts = [f"{len(y):,} rows", *(f"{n} {kind}" for kind, n in told.items() if n), about]
     for column in columns:
         cells = frame[column["name"]]
-        texts = cells[holds(cells, lambda text: not PLAIN.fullmatch(text)) & ~is_missing(cells)]
-        if "decimal" in column and len(texts):
-            value = read_values(path, column, texts[:1])[0]
-            parts.append(f"{quote(texts.iloc[0])} in {quote(column['name'])} is read as {value:g}")
+        if "decimal" in column:
+            odd = "." if column["decimal"] == "," else "\n"
+            texts = cells[holds(cells, lambda text: odd in text or not PLAIN.fullmatch(text)) &
+                          ~is_missing(cells)]
+            for text, value in zip(texts[:1], read_values(path, column, texts[:1])):
+                parts.append(f"{quote(text)} in {quote(column['name'])} is read as {value:g}")
     if left_out:
         parts.append("left out " + ", ".join(f"{quote(name)} ({why})"
                                              for name, why in left_out.items()))
@@ -602,7 +618,11 @@ def read_new_rows(path, spec):
             x = read_numbers(path)
         except Exception as error:
             raise DataError(f"{path} can't be read as numbers ({one_line(error)})") from None
-        if x.shape[1] not in (n, n + 1):
+        fits = x.shape[1] == n
+        if x.shape[1] == n + 1:  # with labels at its end, not with row numbers before them
+            is_index = len(x) > 1 and tells_the_row("", x[:, 0])
+            fits = not is_index and set(x[:, n]) <= set(map(float, spec["classes"]))
+        if not fits:
             raise DataError(f"{path} has {x.shape[1]} columns, and in training there were {n}, and "
                             "the labels after them")
         if not np.isfinite(x).all():
@@ -621,17 +641,21 @@ def read_new_rows(path, spec):
 def read_cells(path):
     """A CSV file's cells, as text without blanks around it, and its separator.
 
-    That is the commonest of comma, semicolon and tab in the header line.
+    Of comma, semicolon, tab and bar it is that which makes most fields, as many in each line.
     """
     compression = "gzip" if path.suffix == ".gz" else None
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
         with (gzip.open if compression else open)(path, "rb") as file:
             head = file.read(1 << 16)
         encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        header = head.decode(encoding, "ignore").partition("\n")[0]
-        separator = max(",;\t", key=header.count)
+        if encoding != "utf-16" and b"\0" in head:
+            raise UnicodeError
+        lines = head.decode(encoding, "ignore").splitlines()[:50]
+        separator = max(",;\t|", key=lambda sign: fields_alike(lines, sign))
         cells = pd.read_csv(path, header=None, dtype=object, keep_default_na=False, sep=separator,
-                            encoding=encoding, compression=compression)
+                            skipinitialspace=True, encoding=encoding, compression=compression)
     except UnicodeError:
         raise DataError(f"{path} can't be read as CSV in UTF-8 or UTF-16: convert it, as by `iconv "
                         "-f latin1 -t utf-8`") from None
@@ -654,12 +678,19 @@ def read_cells(path):
     return cells[1:].set_axis(names, axis=1).reset_index(drop=True), separator
 
 
-def read_labels(path, frame, label_column):
+def fields_alike(lines, separator):
+    """The fields of the first of these lines, where all lines but the last have as many; else 1."""
+    counts = [len(row) for row in csv.reader(lines, delimiter=separator, skipinitialspace=True)
+              if row]
+    return counts[0] if counts and set(counts[:-1] or counts) == {counts[0]} else 1
+
+
+def read_labels(path, frame, label_column, formats):
     """Take the labels out of a table's frame: y (n,), the classes, and what is to be said of them.
 
-    y: int64, indices of the classes, -1 where the label is missing; or float32, NaN where missing,
+    y: int64, indices of the classes, -1 where the label is missing; or float64, NaN where missing,
     if these are numbers to predict, which have no classes: more than 20 different ones that are not
-    all whole, or have less than ten rows each.
+    all whole, or have less than ten rows each, or one of them a single row.
     """
     none = np.full(len(frame), -1), []
     if label_column is None:
@@ -667,32 +698,30 @@ def read_labels(path, frame, label_column):
     if label_column not in frame:
         names = ", ".join(map(quote, frame.columns[:100]))
         raise DataError(f"{path}: no column {quote(label_column)}; its columns are: {names}")
-    labels = frame.pop(label_column).to_numpy(str)
-    known = ~is_missing(labels)
+    column = {"name": label_column, **formats[label_column]}
+    cells = frame.pop(label_column)
+    known = ~is_missing(cells)
     about = f"labels {quote(label_column)}"
     if not known.all():
         about += f", missing in {(~known).sum():,} rows, which only train"
-    classes, y, counts = np.unique(labels[known], return_inverse=True, return_counts=True)
-    numbers = pd.to_numeric(pd.Series(classes), errors="coerce").to_numpy()
-    if len(classes) < 2:
+    labels = read_values(path, column, cells)
+    values, first, y, counts = np.unique(labels[known], return_index=True, return_inverse=True,
+                                         return_counts=True)
+    if len(values) < 2:
         return *none, f"{about}: one value, so no evaluation"
-    are_numbers = np.isfinite(numbers).all()
-    is_target = are_numbers and not tells_the_row(label_column, numbers[y])
-    if len(classes) == known.sum() and not is_target:
-        return *none, f"{about}: another in every row, so no evaluation"
-    if are_numbers:
-        whole = (numbers % 1 == 0).all()
-        if len(classes) > (max(20, known.sum() / 10) if whole else 20):
-            y_numbers = np.full(len(frame), np.nan, np.float32)
-            y_numbers[known] = numbers[y]
-            return y_numbers, [], f"{about}: numbers, evaluated by ridge regression"
-        order = numbers.argsort(kind="stable")  # 2 before 10
-        classes, counts, y = classes[order], counts[order], order.argsort()[y]
+    is_number = "decimal" in column
+    why = tells_the_row(label_column, labels[known]) if is_number else "another in every row"
+    if len(values) == known.sum() and why:
+        return *none, f"{about}: {why}, so no evaluation"
+    if is_number and len(values) > 20:
+        whole = (values % 1 == 0).all()
+        if not whole or len(values) > known.sum() / 10 or counts.min() < 2:
+            return labels, [], f"{about}: numbers, evaluated by ridge regression"
     if counts.min() < 2:
-        once = classes[counts.argmin()]
-        raise DataError(f"{path}: column {quote(label_column)}, row {(labels == once).argmax() + 1}"
-                        f": the label {quote(once)} is seen only once, and a class needs a row to "
-                        "train on and one to test: remove the row or merge the label into another")
+        once = values[counts.argmin()]
+        refuse_cell(path, label_column, (labels == once).argmax(), cells, "is a label seen only "
+                    "once, and a class needs a row to train on and one to test")
+    classes = cells.to_numpy(str)[known][first]
     indices = np.full(len(frame), -1)
     indices[known] = y
     return indices, classes.tolist(), f"{about}: {in_classes(classes, counts)}"
@@ -716,7 +745,7 @@ def is_missing(texts):
     return holds(texts, lambda text: text.lower() in MISSING)
 
 
-def describe_columns(path, frame, separator, train, missing):
+def describe_columns(path, frame, formats, train, missing):
     """How data.json has each column read, and {name: why} of those left out.
 
     {"name", "kind": "number"}, to be standardised; "binary" with its two "values", 0 and 1;
@@ -726,23 +755,15 @@ def describe_columns(path, frame, separator, train, missing):
     training rows, and what tells the row rather than the thing.
     """
     columns, left_out = [], {}
-    formats = {name: number_format(cells[~is_missing(cells)]) for name, cells in frame.items()}
-    in_file = {decimal for decimal, _ in formats.values() if len(decimal) == 1}
     for name, cells in frame.items():
         absent = is_missing(cells)
         if absent.all():
             left_out[name] = "empty"
             continue
-        column = {"name": name}
-        decimal, unit = formats[name]
+        column = {"name": name, **formats[name]}
+        decimal = "decimal" in column
         if not decimal:
             refuse_text(path, name, cells[~absent])
-        else:
-            if len(decimal) == 2 and len(in_file) == 1:  # 1,234 is as the file's other columns say
-                decimal = min(in_file)
-            elif len(decimal) == 2 and separator != "," and cells.str.contains(",").any():
-                refuse_cell(path, name, 0, cells, "may have a decimal comma or thousands")
-            column |= {"decimal": decimal[0], "unit": unit}
         if missing == "refuse" and absent.any():
             refuse_cell(path, name, absent.argmax(), cells, "is a missing value (--missing impute)")
         values = read_values(path, column, cells)
@@ -751,6 +772,8 @@ def describe_columns(path, frame, separator, train, missing):
             different = different[:1]  # but for rounding
         if len(known) == 0 or len(different) == 1 or len(np.unique(known)) == 1:
             left_out[name] = "constant in the training rows"
+            if absent[train].any() and len(known):
+                columns.append({"name": name, "kind": "missing"})
             continue
         if len(different) == 2:
             column |= {"kind": "binary", "values": different.tolist()}
@@ -759,8 +782,8 @@ def describe_columns(path, frame, separator, train, missing):
                 refuse_cell(path, name, 0, cells, f"is one of {len(different):,} different texts, "
                             "which are too many for one-hot")
             column |= {"kind": "category", "values": different.tolist()}
-        elif tells_the_row(name, values[~absent]):
-            left_out[name] = "tells the row: shuffle the rows to keep it"
+        elif why := tells_the_row(name, values[~absent]):
+            left_out[name] = why
             continue
         else:
             column["kind"] = "number"
@@ -819,7 +842,8 @@ def read_values(path, column, cells):
     for i in np.flatnonzero(~is_missing(texts)):
         number, unit = bare_number(texts[i])
         if unit == column["unit"] and NUMBERS[decimal].fullmatch(number):
-            values[i] = float(re.sub(f"[{other} '’\u00a0\u202f]", "", number).replace(decimal, "."))
+            number = re.sub(f"[{other} '’\u00a0\u2009\u202f]", "", number)
+            values[i] = float(number.replace(decimal, "."))
         if not abs(values[i]) <= np.finfo(np.float32).max:
             refuse_cell(path, column["name"], (codes == i).argmax(), cells,
                         "is not a finite number of single precision, as the others are")
@@ -827,14 +851,20 @@ def read_values(path, column, cells):
 
 
 def bare_number(text):
-    """A text without its unit, a currency or %, and that unit."""
-    sign, before, number, after = SIGNED.fullmatch(text.replace("\u2212", "-")).groups()
-    return sign + number, before + after
+    """A text without its unit, a currency or %, before or after the number; and that unit."""
+    text = re.sub("[\u2212\u2013]", "-", text[:100])  # minus and dash
+    sign = text[:1] if text[:1] in "+-" else ""
+    number, unit = text[len(sign) :].strip(), ""
+    for end in (slice(0, 1), slice(-1, None)):
+        if unicodedata.category(number[end] or " ") == "Sc" or number[end] in ("%", "\u2030"):
+            unit += number[end]
+            number = number.replace(number[end], "", 1).strip()
+    return sign + number, unit
 
 
-def number_format(cells):
+def number_format(texts):
     """How all of these texts are numbers: their possible decimal signs, "" if none, and unit."""
-    parts = [bare_number(text) for text in cells.unique()]
+    parts = [bare_number(text) for text in pd.unique(pd.Series(texts, dtype=object))]
     units = {unit for _, unit in parts}
     if len(units) != 1:
         return "", ""
@@ -843,14 +873,34 @@ def number_format(cells):
     return "".join(signs), min(units)
 
 
+def number_formats(path, frame, separator):
+    """{name: {"decimal", "unit"}} of a table's columns, {} of those that are no numbers.
+
+    1,234 and 1.234 are read as the file's other columns say. Where these say nothing, commas part
+    thousands in a file of commas, and are refused in others.
+    """
+    formats = {name: number_format(cells[~is_missing(cells)]) for name, cells in frame.items()}
+    in_file = {decimal for decimal, _ in formats.values() if len(decimal) == 1}
+    for name, (decimal, unit) in formats.items():
+        if len(decimal) == 2 and len(in_file) == 1:
+            decimal = min(in_file)
+        elif len(decimal) == 2 and separator != ",":
+            commas = holds(frame[name], lambda text: "," in text)
+            if commas.any():
+                refuse_cell(path, name, commas.argmax(), frame[name],
+                            "may have a decimal comma, or one that parts thousands")
+        formats[name] = {"decimal": decimal[0], "unit": unit} if decimal else {}
+    return formats
+
+
 def refuse_text(path, name, cells):
     """Raise DataError where most of a column's texts are dates, or are numbers."""
     dates = holds(cells, DATE.fullmatch)
     if dates.mean() > 0.5:
         refuse_cell(path, name, cells.index[dates.argmax()], cells,
                     "is a date or a time: give numbers instead, as the days since the first")
-    numbers = holds(cells, lambda text: number_format(pd.Series([text]))[0])
-    if numbers.mean() > 0.5:
+    numbers = holds(cells, lambda text: number_format([text])[0])
+    if numbers.mean() > 0.2:
         row = (~numbers).argmax()  # the first one where all are numbers, but written unlike
         refuse_cell(path, name, cells.index[row], cells, "is written unlike the column's numbers")
 
@@ -862,24 +912,30 @@ def refuse_cell(path, name, row, cells, what):
 
 
 def tells_the_row(name, values):
-    """Whether numbers (n,) tell the row in the file, or its name, rather than the thing.
+    """Why numbers (n,) tell the row in the file, or its name, rather than the thing; "" if not.
 
-    They do if they rise or fall from each row to the next and are whole or in equal steps, as an
-    index, with or without gaps; and by the name of an id, if all differ or stand in order.
+    They tell its place if they rise or fall from each row to the next and are whole or in equal
+    steps, as an index, with or without gaps; its name if they are whole and called an id: by a name
+    that says nothing else, or one that ends so, where all differ or stand in order.
     """
     steps = np.diff(values)
-    strict = (steps > 0).all() or (steps < 0).all()
-    in_order = (steps >= 0).all() or (steps <= 0).all()
     whole = (values % 1 == 0).all()
     even = np.ptp(steps) <= 1e-6 * abs(steps).max()
+    if ((steps > 0).all() or (steps < 0).all()) and (whole or even):
+        return "tells the row's place; shuffle the rows to keep it"
+    in_order = (steps >= 0).all() or (steps <= 0).all()
     all_differ = len(np.unique(values)) == len(values)
-    is_id = ID_NAME.fullmatch(name) and whole and (all_differ or in_order)
-    return bool(strict and (whole or even) or is_id)
+    is_id = name.lower() in ID_NAMES or re.fullmatch(r"unnamed: \d+|column \d+", name.lower())
+    ends_so = re.fullmatch(r".*[_ .-](id|ids|uuid|guid)", name.lower()) or re.fullmatch(
+        r".*[a-z]I[dD]", name)
+    if whole and (is_id or ends_so and (in_order or all_differ)):
+        return "tells the row's name; call it otherwise to keep it"
+    return ""
 
 
 # ---------------------------------------------------------------------------- files in folders
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
-          "val": "val", "valid": "val", "validation": "val"}
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
+          "valid": "val", "validation": "val", "dev": "val"}
 
 
 def list_examples(path, types, what):
@@ -890,7 +946,13 @@ def list_examples(path, types, what):
     """
     try:
         folders = visible(entry.name for entry in os.scandir(path) if entry.is_dir())
-        parts = {SPLITS.get(name.lower(), ""): name for name in folders} or {"": ""}
+        words = [re.split(r"[\W_]+", name.lower()) for name in folders]
+        roles = [next((SPLITS[word] for word in name if word in SPLITS), "") for name in words]
+        parts = dict(zip(roles, folders)) or {"": ""}
+        if "train" in parts and "test" in parts and "" in parts:
+            raise DataError(f"{path} holds {parts['train']} and {parts['test']}, and beside them "
+                            f"{quote(parts[''])}: move it away, or rename the two if they are "
+                            "classes")
         if "" in parts:  # a class may be called train
             parts = {"": ""}
         elif "train" not in parts or len(parts) < len(folders):
@@ -900,12 +962,16 @@ def list_examples(path, types, what):
             print(f"{path}: {parts['val']} is left out, {parts['test']} is the test", flush=True)
         elif "val" in parts:
             parts["test"] = parts["val"]
+        beside = [entry.name for entry in os.scandir(path)
+                  if entry.name.lower().endswith(types) and entry.is_file()]
+        if beside and "" not in parts:
+            print(f"{path}: left out {len(beside):,} {what} beside {parts['train']}", flush=True)
         found = [(part, *file) for part, root in parts.items() if part != "val"
                  for file in list_files(path, root, types, what)]
     except OSError as error:
-        raise DataError(f"{path} can't be read as a folder of {what} ({error.strerror}): --dataset "
-                        "takes a name (see --help), a CSV file, or a folder CLASS/* of images or "
-                        "WORD/*.wav") from None
+        raise DataError(f"{path} can't be read as a folder of {what} ({one_line(error)}): "
+                        "--dataset takes a name (see --help), a CSV file, or a folder CLASS/* of "
+                        "images or WORD/*.wav") from None
     if not found:
         raise DataError(f"{path} holds no {what} that can be read ({' '.join(types)}): --dataset "
                         "takes a name (see --help), a CSV file, or a folder")
@@ -928,12 +994,12 @@ def list_files(path, root, types, what):
             seen.add(os.path.realpath(folder))
             for file in visible(files):
                 full = os.path.join(folder, file)
-                if file.lower().endswith(types) and (os.path.isfile(full) or
-                                                     os.path.islink(full)):
+                usable = os.path.isfile(full) or not os.path.exists(full)  # a dangling link is read
+                if file.lower().endswith(types) and usable:
                     found.append((name, os.path.relpath(full, path)))
                     if name and folder != str(top / name):
                         deep += 1
-                elif name:
+                elif name or not classes:
                     others[os.path.splitext(file)[1] or file] += 1
         if name and len(found) == before:
             raise DataError(f"{top / name} holds no {what} that can be read ({' '.join(types)}): "
@@ -954,7 +1020,8 @@ def reraise(error):
 
 def visible(names):
     """Those of names that are neither hidden nor a system's, nor of background noise; sorted."""
-    return sorted(name for name in names if not name.startswith((".", "__")) and name != NOISE)
+    return sorted(name for name in names
+                  if not name.startswith((".", "__MACOSX")) and name not in (NOISE, "lost+found"))
 
 
 def split_examples(path, labels, parts):
@@ -962,6 +1029,8 @@ def split_examples(path, labels, parts):
     classes, y, counts = np.unique(labels[labels != ""], return_inverse=True, return_counts=True)
     indices = np.full(len(labels), -1)
     train, test = np.flatnonzero(parts != "test"), np.flatnonzero(parts == "test")
+    if not len(train):
+        raise DataError(f"{path}: no file is left to train on")
     if len(classes) < 2:
         print(f"{path}: {len(labels):,} files of no or one class, so no evaluation", flush=True)
         return indices, [], train, test
@@ -1292,12 +1361,14 @@ def load_speech(dataset, data_dir, device, *, version="v0.01", train_size=None):
     y, classes, train, test = split_examples(folder, words, parts)
     silence, about = 0, "the words are the classes" if classes else "no words to tell apart"
     if not set(classes).isdisjoint(COMMANDS):
-        place = {word: COMMANDS.index(word) if word in COMMANDS else 10 for word in classes}
+        place = {word: 10 for word in classes} | {"silence": 11} | {
+            word: i for i, word in enumerate(COMMANDS)}
         y = np.array([place.get(word, -1) for word in words])
         classes = [*COMMANDS, "unknown", "silence"]
         about = "the classes are the paper's ten words, 'unknown' and 'silence'"
         silence = len(train) // 10
-    noise_files = sorted(glob.glob(f"{NOISE}/{WAV}", root_dir=folder))
+    noise_files = [file for file in sorted(glob.glob(f"{NOISE}/{WAV}", root_dir=folder))
+                   if os.path.isfile(folder / file)]
     print(f"{folder}: {about}; recordings of background noise: {len(noise_files)}", flush=True)
     y = np.append(y, len(classes) - 1)  # the last row is a clip of zeros
     train = np.concatenate([train, np.full(silence, len(names))])
@@ -1356,7 +1427,7 @@ def by_lists(folder, names, words, parts):
     listed = []
     for path in (folder / name for name in LISTS):
         lines = []
-        if path.exists():
+        if path.is_file():
             lines = path.read_text("utf-8-sig", "replace").splitlines()
         listed.append({os.path.normpath(line.strip()) for line in lines if line.strip()})
         if missing := listed[-1].difference(names):
@@ -1383,8 +1454,10 @@ def cached_clips(folder, files):
                  for file, stat in zip(files, stats)]
     digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
     path = folder / f"imix_clips-{digest}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # it is not there, or was cut short
-        return np.load(path, mmap_mode="r")
+    with contextlib.suppress(Exception):  # it is not there, or damaged in whatever way
+        clips = np.load(path, mmap_mode="r")
+        if clips.shape == (len(files), RATE) and clips.dtype == np.int16:
+            return clips
     clips = read_clips(folder, files)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as part:  # so that it comes whole
@@ -1414,19 +1487,19 @@ def read_wav(path):
     """The samples (n,) int16 of a PCM WAV file of 8 to 32 bit, at 16 kHz, its channels' mean."""
     try:
         raw = bytearray(path.read_bytes())
-        at = raw.find(b"data") + 4
-        size = int.from_bytes(raw[at : at + 4], "little")
-        if size == 0 or size > 0x7FFF0000:  # not known when it was written, as into a pipe
-            raw[at : at + 4] = (len(raw) - at - 4).to_bytes(4, "little")
-            raw[4:8] = (len(raw) - 8).to_bytes(4, "little")
-        tag = raw.find(b"fmt ") + 8
-        if raw[tag : tag + 2] == b"\xfe\xff":  # "extensible", which Python 3.11 refuses
-            raw[tag : tag + 2] = raw[tag + 24 : tag + 26]  # the format comes 24 bytes later
+        chunks = wav_chunks(raw)
+        form, block, bits = (int.from_bytes(raw[chunks[b"fmt "] + at :][:2], "little")
+                             for at in (0, 12, 14))
+        if form == 0xFFFE:  # "extensible", which Python 3.11 refuses: the format comes later
+            raw[chunks[b"fmt "] : chunks[b"fmt "] + 2] = raw[chunks[b"fmt "] + 24 :][:2]
+        raw[4:8] = (len(raw) - 8).to_bytes(4, "little")  # which is not known where it is piped
         with wave.open(io.BytesIO(raw)) as file:
             channels, width, rate, n, *_ = file.getparams()
             data = np.frombuffer(file.readframes(n), np.uint8)
-        if width > 4 or not 1_000 <= rate <= 1_000_000:
-            raise ValueError(f"{8 * width} bit, {rate:,} Hz")
+        if width > 4 or bits < 8 or not 1_000 <= rate <= 1_000_000:
+            raise ValueError(f"{bits} bit, {rate:,} Hz")
+        if block != channels * width:
+            raise ValueError(f"{block} bytes a sample of {channels} x {bits} bit")
         if not len(data):
             raise ValueError("no samples")
         if len(data) != n * channels * width:
@@ -1445,6 +1518,26 @@ def read_wav(path):
         reason = str(error) or "cut short"
         raise DataError(f"{path} can't be read as a WAV file of 8 to 32 bit PCM ({reason}): "
                         "convert or remove it") from None
+
+
+def wav_chunks(raw):
+    """Where the chunks of a WAV file begin, {name: place}.
+
+    Written into a pipe, the samples' size is 0 or the largest there is: then they go on to the end,
+    and raw gets the size.
+    """
+    at, chunks = 12, {}
+    while at + 8 <= len(raw):
+        name, size = bytes(raw[at : at + 4]), int.from_bytes(raw[at + 4 : at + 8], "little")
+        at += 8
+        chunks.setdefault(name, at)
+        if name == b"data":
+            follows = bytes(raw[at : at + 4])
+            if size > 0x7FFF0000 or (size == 0 and follows not in (b"LIST", b"id3 ", b"fact")):
+                size = len(raw) - at
+                raw[at - 4 : at] = size.to_bytes(4, "little")
+        at += size + size % 2
+    return chunks
 
 
 def speech_view(x, noise):

@@ -91,7 +91,7 @@ TABLES = {
     "labels alone": "kind\n" + "a\nb\n" * 9, "constant": "p,kind\n" + "1,a\n1,b\n" * 9,
     "twice": TABLE.replace("q", "p", 1), "labels twice": TABLE.replace("q", "kind", 1),
     "class once": TABLE + "1,2,d\n", "few": "p,q,kind\n1.5,2,a\n2.5,3,a\n1,7,b\n2,9,b\n",
-    "utf-16 cut": TABLE.encode("utf-16")[:-1], "another separator": TABLE.replace(",", "|"),
+    "utf-16 cut": TABLE.encode("utf-16")[:-1], "another separator": TABLE.replace(",", "~"),
     "long cell": TABLE + "x" * 10**6 + ",1,a\n", "a line": "x" * 10**6,
     "row number alone": "id,kind\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(40)),
     **{f"cell {text!r}": with_column("1", "2", "3", text) for text in (
@@ -165,7 +165,10 @@ RECORDINGS = {"empty": b"", "text": b"hello", "cut": wav()[:-100], "header": wav
               "cut header": wav()[:30], "no samples": wav(samples=0), "mp3": b"ID3" + bytes(999),
               "slow": wav(rate=1), "fast": wav(rate=10**9), "flac": b"fLaC" + bytes(999),
               "float": wav()[:20] + struct.pack("<H", 3) + wav()[22:], "no channels":
-              wav()[:22] + struct.pack("<H", 0) + wav()[24:]}
+              wav()[:22] + struct.pack("<H", 0) + wav()[24:],
+              "metadata alone": wav(samples=0) + b"LIST" + struct.pack("<I", 20) + bytes(20),
+              "24 bits in 4 bytes": wav()[:32] + struct.pack("<HH", 4, 24) + wav()[36:],
+              "4 bits": wav()[:34] + struct.pack("<H", 4) + wav()[36:]}
 
 
 @pytest.mark.parametrize("name", RECORDINGS)
@@ -176,10 +179,12 @@ def test_bad_recordings(capsys, tmp_path, name):
     assert not (tmp_path / "run").exists() and not list(data.glob("imix*"))
 
 
+@pytest.mark.parametrize("notes", [b"", b"LIST\x08\0\0\0a data b"])
 @pytest.mark.parametrize("size", [0, 0x7FFFF000, 0xFFFFFFFF])
-def test_recordings_written_into_a_pipe_are_read_to_the_end(tmp_path, size):
+def test_recordings_written_into_a_pipe_are_read_to_the_end(tmp_path, size, notes):
     raw = bytearray(wav(samples=0) + np.arange(5000, dtype="<i2").tobytes())
     raw[4:8] = raw[40:44] = size.to_bytes(4, "little")
+    raw[36:36] = notes
     (tmp_path / "a.wav").write_bytes(raw)
     import common
     assert np.array_equal(common.read_wav(tmp_path / "a.wav"), np.arange(5000))

@@ -66,7 +66,8 @@ PARTS = RNG.integers(0, 1000, N) / 10
 @pytest.mark.parametrize("write", [
     str, "{:,}".format, "${:,}".format, "{} €".format, "{:,}%".format, "  {} ".format,
     "{:,.2f}".format, lambda v: f"{v:,}".replace(",", " "), lambda v: f"{v:,}".replace(",", "'"),
-    lambda v: f"{v:,.2f}".translate(str.maketrans(",.", ".,")), "{:.3e}".format, "+{}".format],
+    lambda v: f"{v:,.2f}".translate(str.maketrans(",.", ".,")), "{:.3e}".format, "+{}".format,
+    "₹{}".format, lambda v: f"{v:,}".replace(",", "\N{THIN SPACE}")],
     ids=lambda write: write(12345))
 def test_numbers_written_as_text(tmp_path, write):
     texts = [write(v) for v in WHOLE]
@@ -109,6 +110,9 @@ def test_1_comma_234_is_as_the_rest_of_the_file_says(tmp_path):
     ["5%", "7"], ["$5", "€7"], ["2024-03-01", "2024-04-17"], ["1.5.2024", "17.12.2024"],
     ["3/1/24", "12/24/24"], ["12:30", "7:45"], ["Jan 5, 2024", "Mar 17, 2024"],
     ["5 March 2024", "12 May 2023"], ["2024-03-01T10:00", "2024-03-02 11:00:30"],
+    ["1:30 PM", "7:45 am"], ["2024-03", "2024-04"], ["2024-01-02Z", "2024-05-02Z"],
+    ["Mon, 1 Jan 2024", "Tue, 2 Jan 2024"], ["1st Jan 2024", "3rd May 2024"],
+    ["1-Jan-24", "7-Mar-24"], ["5", "-", "-", "-", "7"],
     ["1,5", "2.5"], ["1", "2", "3", "many"]])
 def test_what_could_be_misread_is_refused(tmp_path, texts):
     """A column of few different texts, which would do as categories, but are none."""
@@ -117,7 +121,9 @@ def test_what_could_be_misread_is_refused(tmp_path, texts):
 
 @pytest.mark.parametrize("texts", [
     ["red", "green", "blue"], ["A1", "A2", "B1"], ["1 room", "2 rooms", "many"],
-    ["may", "march", "jan"], ["a,b", "c;d", "$"], ["v1.2", "v1.3", "v2.0"]])
+    ["may", "march", "jan"], ["a,b", "c;d", "$"], ["v1.2", "v1.3", "v2.0"],
+    ["Octane 91", "Octane 95", "Octane 98"], ["1.2.3", "1.2.4", "2.0.1"],
+    ["None", "Mild", "Severe"], ["a" + " " * 20_000 + "b", "c", "d"]])
 def test_categories(tmp_path, texts):
     data = load(tmp_path / "my.csv", column(np.resize(texts, N)[RNG.permutation(N)]))
     assert described(data)["values"] == sorted(texts) and data.groups == [1, 3]
@@ -145,6 +151,7 @@ def test_two_values_are_0_and_1(tmp_path, values):
     ("index", np.arange(N)), ("", np.arange(N)), ("c", np.arange(N) + 7), ("c", -3 * np.arange(N)),
     ("c", np.arange(N) * 0.05), ("c", np.sort(RNG.choice(10_000, N, replace=False))),
     ("customer_id", RNG.permutation(10 * N)[:N]), ("ID", RNG.permutation(N)),
+    ("id", np.arange(N) % 30), ("Unnamed: 0", np.arange(N) % 30), ("S.No.", RNG.permutation(N)),
     ("userId", np.arange(N) // 4), ("c", np.sort(RNG.choice(10**9, N, replace=False)) * 1.0)])
 def test_what_tells_the_row_is_left_out(tmp_path, capsys, name, values):
     data = load(tmp_path / "my.csv", {name: values, "noise": NOISE, "kind": KINDS})
@@ -154,7 +161,9 @@ def test_what_tells_the_row_is_left_out(tmp_path, capsys, name, values):
 
 @pytest.mark.parametrize("name, values", [
     ("population", RNG.permutation(10**6)[:N]), ("price", np.sort(NOISE**1.5)),
-    ("humid", NOISE), ("age", np.sort(RNG.integers(1, 60, N))), ("grid", RNG.integers(0, 9, N))])
+    ("humid", NOISE), ("paid", RNG.permutation(500)[:N]), ("solid", RNG.permutation(N)),
+    ("Body Mass Index", RNG.permutation(N)), ("store_id", RNG.integers(0, 9, N)),
+    ("age", np.sort(RNG.integers(1, 60, N))), ("grid", RNG.integers(0, 9, N))])
 def test_a_real_feature_is_kept(tmp_path, name, values):
     data = load(tmp_path / "my.csv", {name: values, "noise": NOISE, "kind": KINDS})
     assert data.groups == [2]
@@ -187,6 +196,8 @@ def test_two_columns_of_one_name_are_refused(tmp_path, header, twice):
 # ----------------------------------------------------------------------- files
 @pytest.mark.parametrize("write", [
     lambda text: text.replace(",", ";"), lambda text: text.replace(",", "\t"),
+    lambda text: text.replace(",", "|"), lambda text: "\n\n" + text,
+    lambda text: text.replace("c,noise,kind", '"c; m",noise,kind').replace('"c; m"', "c"),
     lambda text: text.replace(",", ", "), lambda text: "\ufeff" + text,
     lambda text: text.encode("utf-16"), lambda text: text.replace("\n", "\r\n")])
 def test_separators_and_encodings(tmp_path, write):
@@ -194,6 +205,31 @@ def test_separators_and_encodings(tmp_path, write):
     data, plain = load(tmp_path / "my.csv", write(table)), load(tmp_path / "plain.csv", table)
     assert data.spec["classes"] == plain.spec["classes"]
     assert torch.equal(data.x_train, plain.x_train)
+
+
+@pytest.mark.parametrize("header, row", [
+    ("Weight, kg;Height, cm;kind", "{i},5;{j};{kind}"), ('"price; EUR",b,kind', "{i},{j},{kind}")])
+def test_the_separator_is_what_makes_fields_alike(tmp_path, header, row):
+    rows = [row.format(i=i * i % 23, j=i % 7, kind=KINDS[i]) for i in range(N)]
+    data = load(tmp_path / "my.csv", "\n".join([header, *rows]))
+    assert data.groups == [2] and data.num_classes == 3
+
+
+@pytest.mark.parametrize("rows", [
+    [f"{a:.1f},{b},{kind}" for a, b, kind in zip(NOISE, WHOLE, KINDS)],
+    [f"{b},{a:.0f},{kind}" for a, b, kind in zip(NOISE, WHOLE, KINDS)]])
+def test_a_table_without_a_header_line_is_refused(tmp_path, rows):
+    refused(tmp_path / "my.csv", "\n".join(rows), "header", label_column=None)
+
+
+def test_years_and_numbers_may_be_names(tmp_path):
+    data = load(tmp_path / "my.csv", {"2019": PARTS, "2020": NOISE, "kind": KINDS})
+    assert data.groups == [2]
+
+
+def test_utf_16_without_a_mark_is_refused_with_a_remedy(tmp_path):
+    table = pd.DataFrame(column(PARTS)).to_csv(index=False)
+    refused(tmp_path / "my.csv", table.encode("utf-16-le"), "UTF-8", "iconv")
 
 
 def test_latin_1_is_refused_with_a_remedy(tmp_path):
@@ -226,6 +262,12 @@ def test_missing_values_are_imputed(tmp_path):
     assert x[text == "?", 4:].argmax(1).unique().tolist() == [2]  # blue, green, red
 
 
+def test_that_a_value_is_missing_is_kept_where_it_is_all_that_differs(tmp_path):
+    alley = np.resize(["Pave", "NA"], N)[RNG.permutation(N)]
+    data = load(tmp_path / "my.csv", column(alley), missing="impute")
+    assert data.groups == [1, 1] and (in_order(data)[:, 1].numpy() == (alley == "NA")).all()
+
+
 def test_rows_without_a_label_only_train(tmp_path):
     labels = KINDS.astype(object)
     labels[::5] = ["", "NA", "?", "nan"] * 3
@@ -256,11 +298,24 @@ def test_numbers_to_predict(tmp_path, numbers):
     """A linear function of a column is predicted by ridge regression; R^2 is near 1."""
     data = load(tmp_path / "my.csv", {"c": 3 * numbers + 5 + 0.01 * PARTS, "other": PARTS,
                                       "price": numbers}, label_column="price")
-    assert data.y_train.dtype == torch.float32 and data.num_classes == 0
+    assert data.y_train.dtype == torch.float64 and data.num_classes == 0
     result = common.sklearn_eval(nn.Flatten(), data)
     assert result["test_r2"] > 0.99 and "R^2" in common.in_words(result, data)
     with pytest.raises(common.DataError, match="classes"):
         common.linear_eval(nn.Flatten(), data)
+
+
+@pytest.mark.parametrize("write", [
+    lambda v: f"{v:.1f}".replace(".", ","), "${:.1f}".format, "{:.1f} %".format])
+def test_numbers_to_predict_written_as_text(tmp_path, write):
+    data = load(tmp_path / "my.csv", column([write(v) for v in PARTS]), label_column="c")
+    assert data.num_classes == 0 and sorted(torch.cat([data.y_train, data.y_test]).tolist()) == \
+        sorted(PARTS)
+
+
+def test_classes_that_are_numbers_may_be_written_in_two_ways(tmp_path):
+    data = load(tmp_path / "my.csv", column(PARTS) | {"kind": np.resize(["1", "1.0", "2"], N)})
+    assert data.num_classes == 2
 
 
 def test_logistic_regression_is_scikit_learns(tmp_path):
@@ -339,9 +394,14 @@ def test_new_rows_of_a_table_that_comes_with_the_package(tmp_path):
     for extra in (0, 1):
         np.savetxt(tmp_path / "new.csv", np.pad(x[:9], [(0, 0), (0, extra)]), delimiter=",")
         assert torch.equal(read_again(tmp_path / "new.csv", data).x_train, in_order(data)[:9])
-    np.savetxt(tmp_path / "new.csv", x[:9, :5], delimiter=",")
-    with pytest.raises(common.DataError, match="5 columns"):
-        read_again(tmp_path / "new.csv", data)
+    pd.DataFrame(x[:9]).to_csv(tmp_path / "new.csv", index=False)  # its names are 0 to 63
+    assert torch.equal(read_again(tmp_path / "new.csv", data).x_train, in_order(data)[:9])
+    holed = x[:9].copy()
+    holed[3, 5] = np.nan
+    for wrong in (x[:9, :5], np.column_stack([np.arange(9) + 20, x[:9]]), holed):
+        np.savetxt(tmp_path / "new.csv", wrong, delimiter=",")
+        with pytest.raises(common.DataError, match="new.csv"):
+            read_again(tmp_path / "new.csv", data)
 
 
 # ----------------------------------------------------------------------- folders
@@ -379,7 +439,7 @@ def test_images_beside_the_classes_only_train(tmp_path):
 
 @pytest.mark.parametrize("train, test", [
     ("train", "test"), ("Train", "Test"), ("training", "testing"), ("TRAIN", "val"),
-    ("train", "Validation")])
+    ("train", "Validation"), ("seg_train", "seg_test"), ("Training Set", "Test Set")])
 def test_usual_names_of_training_and_test_folders(tmp_path, train, test):
     for i, name in enumerate(("ant", "bee")):
         write_pictures(tmp_path / train / name, 8, 40 * i)
@@ -396,6 +456,13 @@ def test_of_val_and_test_the_test_is_taken(tmp_path, capsys):
     data = load_folder(tmp_path)
     assert len(data.x_train) == 16 and len(data.x_test) == 4
     assert "val" in capsys.readouterr().out
+
+
+def test_a_third_folder_beside_train_and_test_is_refused(tmp_path):
+    for part in ("train", "test", "unlabeled"):
+        write_pictures(tmp_path / part / "ant")
+    with pytest.raises(common.DataError, match="unlabeled"):
+        load_folder(tmp_path)
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -432,6 +499,7 @@ def test_links_that_lead_back_and_pipes(tmp_path):
         (tmp_path / name / "back").symlink_to(tmp_path / name, target_is_directory=True)
         (tmp_path / name / "up").symlink_to(tmp_path, target_is_directory=True)
         os.mkfifo(tmp_path / name / "pipe.png")
+        (tmp_path / name / "link.png").symlink_to(tmp_path / name / "pipe.png")
     assert len(load_folder(tmp_path).names) == 16
 
 
@@ -536,6 +604,12 @@ def test_many_test_examples_are_left_out_of_the_features(tmp_path):
     for all_test, n in ((False, 10), (True, 100_011)):
         common.save_features(tmp_path / "f.npz", nn.Identity(), data, None, all_test)
         assert len(np.load(tmp_path / "f.npz")["features"]) == n
+
+
+def test_a_pipe_is_no_table(tmp_path):
+    os.mkfifo(tmp_path / "my.csv")
+    with pytest.raises(common.DataError, match="no file"):
+        common.load_table(str(tmp_path / "my.csv"), "data", CPU)
 
 
 def test_gzip(tmp_path):
