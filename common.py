@@ -350,8 +350,10 @@ def linear_eval(encoder, data, epochs=100, batch_size=256, lr=10.0, seed=0, labe
             features = encode(model, view, x)
     with torch.no_grad():
         train_correct = (classifier(features).argmax(1) == y).sum()
-        features = encode(model, data.plain, data.x_test)
-        test_correct = (classifier(features).argmax(1) == data.y_test).sum()
+        test_correct = torch.zeros_like(train_correct)
+        for x_test, y_test in zip(data.x_test.split(8192), data.y_test.split(8192)):
+            features = encode(model, data.plain, x_test)  # not of all at once: CovType's are large
+            test_correct += (classifier(features).argmax(1) == y_test).sum()
     trained = "frozen features" if finetune_lr is None else f"an encoder trained at {rates[1]:g}"
     protocol = (f"linear classifier on {trained}: SGD, momentum 0.9, lr {lr:g}, batch "
                 f"{batch_size}, {epochs} epochs, x 0.2 after 80, 90 and 95 %, {len(x)} labels")
