@@ -227,7 +227,7 @@ class Args:
     eval_every: int = flag(0, "epochs between linear evaluations; 0: only at the end", 0, 1e6)
     seed: int = flag(0, "seed of weights, order, views and mixing", 0, 1e6)
 
-    batch_size: int = flag(256, "N, of all processes together", 2, 1e6)
+    batch_size: int = flag(256, "N, of all processes together; None: by the data's size", 2, 1e6)
     mask: float = flag(0.2, "table: chance that a view zeroes a continuous value", 0, 1)
     no_augment: bool = flag(False, "both views are the plain input")
     arch: str = flag("resnet50", "image, speech: encoder",

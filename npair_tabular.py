@@ -135,10 +135,10 @@ class Args:
     eval_every: int = flag(0, "epochs between linear evaluations; 0: only at the end", 0, 1e6)
     seed: int = flag(0, "seed of weights, order, views and mixing", 0, 1e6)
 
-    batch_size: int = flag(512, "N, of all processes together", 2, 1e6)
+    batch_size: int = flag(512, "N, of all processes together; own table: by its size", 2, 1e6)
     mask: float = flag(0.2, "chance that a view zeroes a continuous value", 0, 1)
     no_augment: bool = flag(False, "both views are the plain input")
-    width: int = flag(64, "w of the encoder, whose representations are 32 w long", 1, 1e6)
+    width: int = flag(64, "w; representations are 32 w long; own table: by its size", 1, 1e6)
     dim: int = flag(128, "D, the embeddings' size", 1, 1e6)
     linear_epochs: int = flag(100, "epochs of the linear evaluation", 1, 1e6)
     linear_lr: float = flag(10.0, "its learning rate", 1e-12)
