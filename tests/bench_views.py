@@ -28,7 +28,7 @@ import common
 import simclr_imix as simclr
 from bench_npair import DEVICE, bare_step, second_epoch, seconds, where
 
-MEAN, STD = common.CIFAR["cifar10"][4:]
+MEAN, STD = common.CIFAR["cifar10"][1:]
 CORES = torch.get_num_threads()
 
 
