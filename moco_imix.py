@@ -378,9 +378,9 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None, stop=None):
     same. args: read from alpha to seed. out: Path of an existing folder for checkpoint.pt and
     log.csv; if it holds a checkpoint, training resumes from it, and torch is seeded in each epoch,
     so that this is exact. evaluate(): called every args.eval_every epochs. stop(): asked before
-    each epoch; once it is true, the state is saved, and training ends. Under torchrun every process
-    gets the same batches, weights and out. Raises FloatingPointError once loss or weights are no
-    longer finite.
+    each step; once it is true, training ends, the last epoch's state saved. Under torchrun every
+    process gets the same batches, weights and out. Raises FloatingPointError once loss or weights
+    are no longer finite.
     """
     device = next(encoder.parameters()).device
     steps = len(loader)  # an epoch
@@ -405,22 +405,23 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None, stop=None):
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     rest = load_checkpoint(out, parts, log=[], queue=queue)
     log, queue = rest["log"], rest["queue"].to(device)
-    next_save = 0.0
+    next_save, saved = 0.0, len(log)  # seconds, and the epoch that the checkpoint is of
     if log and rank == 0:
         print(f"going on after epoch {len(log)}", flush=True)
     mix = cutmix if args.mix == "cutmix" else mixup
 
     for epoch in range(len(log) + 1, args.epochs + 1):
-        if stop and stop():
-            if out and log:
-                save_checkpoint(out, parts, log, queue=queue)
-            break
         torch.manual_seed(args.seed * 10**6 + epoch)  # in each epoch, so that resuming is exact
         model.train()
         start = shown = time.monotonic()
         loss_sum = torch.zeros((), device=device)
 
         for i, (x, x_tilde) in enumerate(loader):
+            if stop and stop() and (i == 0 or saved == epoch - 1):  # so that no epoch is lost
+                if out and saved < epoch - 1:
+                    save_checkpoint(out, parts, log, queue=queue)
+                return log
+
             x = x.to(device, non_blocking=True)  # (N, ...)
             x_tilde = x_tilde.to(device, non_blocking=True)  # (N, ...)
             N = len(x)
@@ -482,6 +483,7 @@ def pretrain(encoder, head, loader, args, out=None, evaluate=None, stop=None):
         if out and (time.monotonic() > next_save or epoch == args.epochs):
             save_start = time.monotonic()
             save_checkpoint(out, parts, log, queue=queue)
+            saved = epoch
             seconds = time.monotonic() - save_start
             next_save = save_start + 100 * seconds  # so that saving takes 1 % of the time
         if evaluate and args.eval_every and epoch % args.eval_every == 0 and epoch < args.epochs:

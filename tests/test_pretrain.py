@@ -234,6 +234,24 @@ def test_a_checkpoint_comes_whole_or_not_at_all(monkeypatch, tmp_path, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_stop_ends_with_the_last_epoch_saved(monkeypatch, tmp_path, script):
+    """At once where that is saved already, as before the first; else after the epoch it is in."""
+    (tmp_path / "a").mkdir()
+    asked = iter([False, True])
+    log = script.pretrain(*setup(script), script.Args(epochs=3), tmp_path / "a", None,
+                          lambda: next(asked))
+    assert log == [] and not list((tmp_path / "a").iterdir())
+
+    monkeypatch.setattr(script.time, "monotonic", iter(range(0, 10**9, 10**6)).__next__)
+    begun = []  # saving seems to take long, so that epoch 2 is not saved before
+    log = script.pretrain(*setup(script), script.Args(epochs=9, eval_every=2), tmp_path,
+                          lambda: begun.append(1), lambda: bool(begun))
+    assert len(log) == 2
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert len(saved["log"]) == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_what_is_no_checkpoint_of_this_script_is_refused(tmp_path, script):
     path = tmp_path / "checkpoint.pt"
     other = byol_imix if script is moco_imix else moco_imix
