@@ -615,8 +615,7 @@ def main(argv=None):
     if not (out / "config.json").exists():
         fail(f"{out} is not seen by all processes: give them a folder in common")
     print(f"{args.dataset}: {len(data.x_train):,} examples to train on, {len(data.x_test):,} to "
-          f"test, {data.num_classes} classes; batches of {args.batch_size}; {world} x {device}; "
-          f"{out}", flush=True)
+          f"test, {data.num_classes} classes; {world} x {device}; {out}", flush=True)
     if world > 1 and device.type == "cpu":
         print("on the CPU, BatchNorm sees each process's own rows, not the whole batch")
 

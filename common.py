@@ -205,12 +205,16 @@ def batch_size_for(data):
     """A batch size for data of one's own: a power of two that gives an epoch at least 4 steps."""
     published = 512 if data.groups else 256
     n = max(len(data.x_train), 8)
-    return min(published, 2 ** int(math.log2(n / 4)))
+    batch_size = min(published, 2 ** int(math.log2(n / 4)))
+    print(f"--batch-size {batch_size}, by the data's size", flush=True)
+    return batch_size
 
 
 def width_for(data):
     """A width of the encoder for a table of one's own: w = 8, or 32 from 100,000 rows on."""
-    return 8 if len(data.x_train) < 100_000 else 32
+    width = 8 if len(data.x_train) < 100_000 else 32
+    print(f"--width {width}, by the table's size", flush=True)
+    return width
 
 
 def load_new(path, spec, device):
