@@ -579,8 +579,8 @@ def read_csv(path, label_column, test_share, missing):
     frame, separator = read_cells(path)
     formats = number_formats(path, frame, separator)
     names = [name for name, column in formats.items() if column and number_format([name])[0]]
-    if any(float(b) <= float(a) for a, b in itertools.pairwise(names)) or \
-            any(not name.isdigit() for name in names):
+    are_years = all(map(str.isdecimal, names)) and names == sorted(set(names), key=int)
+    if names and not are_years:
         raise DataError(f"{path}: is {quote(names[0])} a name? Give the file a header line")
     y, classes, about = read_labels(path, frame, label_column, formats)
     rows, n = labelled_first(np.arange(len(y)), y)
