@@ -84,6 +84,8 @@ def with_column(*texts):
 
 TABLES = {
     "empty": "", "blanks": "\n \n", "header": "p,q,kind\n", "one row": TABLE[:30],
+    "numbers for names": TABLE.replace("p,q", "1.5,7", 1), "such names": TABLE.replace(
+        "p", '"1,234"', 1),
     "zeros": "\0" * 99,
     "binary": bytes(range(256)) * 9, "latin": TABLE.replace("a", "ä").encode("latin-1"),
     "no gzip": b"\x1f\x8b\x08" + b"x" * 99, "ragged": TABLE + "1,2,3,4\n", "short": TABLE + "1\n",
