@@ -5,8 +5,8 @@ https://arxiv.org/abs/2010.08887
 
     python npair_tabular.py                                     # CovType, the paper's recipe
     python npair_tabular.py --alpha 0                           # the baseline, without i-Mix
-    python npair_tabular.py --width 8               # half an hour on a CPU core: 63.3 %
-    python npair_tabular.py --width 8 --alpha 0     # 58.6 % (one seed; README.md has more)
+    python npair_tabular.py --width 8               # half an hour on a CPU core: 63.6 %
+    python npair_tabular.py --width 8 --alpha 0     # 58.0 % (two seeds; README.md has more)
     python npair_tabular.py --width 8 --epochs 40   # 2 minutes: 59.7 %; with --alpha 0: 55.5 %
     python npair_tabular.py --dataset my.csv --label-column kind --width 8    # your own table
     torchrun --nproc_per_node=4 npair_tabular.py                # four GPUs, the same batch of N
