@@ -530,14 +530,13 @@ def begin_run(out, config):
     may_change = ("data_dir device compile out resume eval_every torch labels probe all_features "
                   "linear_epochs linear_lr linear_batch_size finetune finetune_lr").split()
     for name in config:
-        if name in may_change:
+        if name in may_change or was.get(name) == config[name]:
             continue
-        if name == "data_digest" and was.get(name) != config[name]:
+        if name == "data_digest":
             fail(f"{out} was begun with other data: values, order, labels or columns differ: give "
                  "the same data, or take another --out")
-        if was.get(name) != config[name]:
-            fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, "
-                 "or take another --out")
+        fail(f"{out} was begun with {name} {was.get(name)}, not {config[name]}: keep to that, or "
+             "take another --out")
     return lock
 
 
