@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The losses with class indices, and those beside the paper's, each against its equation."""
+"""Mixing and losses, each against its definition in the paper, written out in float64."""
 
 import math
 
@@ -7,18 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
+import byol_imix as byol
+import moco_imix as moco
 import npair_tabular as npair
 import simclr_imix as simclr
 
-N, D, TAU = 6, 5, 0.3
+N, D, K, TAU = 6, 5, 11, 0.3
 Y = torch.tensor([0, 1, 0, 2, 0, 1])
 PERM = torch.tensor([3, 1, 0, 5, 2, 4])  # 1 is its own partner
 LAM = torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+QUEUE = F.normalize(torch.randn(K, D, generator=torch.Generator().manual_seed(1)), dim=1)
 
 
-def embeddings(d=D, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def embeddings(d=D):
+    generator = torch.Generator().manual_seed(0)
     return [(3 * torch.randn(N, d, generator=generator)).requires_grad_() for _ in range(2)]
 
 
@@ -26,35 +28,58 @@ def unit(f):
     return [row / row.norm() for row in f.double()]
 
 
-def classes(y):
-    return torch.arange(N) if y is None else y
-
-
+# ----------------------------------------------------------------------- the equations
 def virtual_labels(y, mixed):
-    """v (N, N) in float64: shared equally by a class, then mixed."""
-    y, v = classes(y), torch.zeros(N, N, dtype=torch.float64)
+    """v (N, N): each example its own class or shared equally by a class; then mixed."""
+    y, v = torch.arange(N) if y is None else y, torch.zeros(N, N, dtype=torch.float64)
     for i in range(N):
-        members = [n for n in range(N) if y[n] == y[i]]
-        for n in members:
-            v[i, n] = 1 / len(members)
-    if mixed:
-        lam = LAM.double()[:, None]
-        v = lam * v + (1 - lam) * v[PERM]
-    return v
+        for n in range(N):
+            v[i, n] = (y[i] == y[n]) / (y == y[i]).sum()
+    lam = LAM.double()[:, None]
+    return lam * v + (1 - lam) * v[PERM] if mixed else v
 
 
-def n_pair(f, f_tilde, y=None, mixed=False):
-    f, f_tilde, v, total = unit(f), unit(f_tilde), virtual_labels(y, mixed), 0
+def cross_entropy(anchors, classes, v):
+    """-mean_i sum_n v_in log(exp(s(f_i, n) / tau) / sum_k exp(s(f_i, k) / tau))."""
+    total = 0
     for i in range(N):
-        s = [torch.exp(torch.dot(f[i], k) / TAU) for k in f_tilde]
+        s = [torch.exp(torch.dot(anchors[i], k) / TAU) for k in classes]
         for n in range(N):
             total = total - v[i, n] * torch.log(s[n] / sum(s)) / N
     return total
 
 
-def supcon(f, f_tilde, y=None):
-    """L_out: the mean over an anchor's positives of its log-softmax, over 2N anchors."""
-    views, y, total = unit(f) + unit(f_tilde), classes(y).repeat(2), 0
+def n_pair(f, f_tilde, y=None, mixed=False):
+    return cross_entropy(unit(f), unit(f_tilde), virtual_labels(y, mixed))
+
+
+def of_moco(f, f_ema, y=None, mixed=False):
+    """N + K classes."""
+    return cross_entropy(unit(f), unit(f_ema) + unit(QUEUE), virtual_labels(y, mixed))
+
+
+def mocos_own(f, f_ema, y=None, mixed=False):
+    """1 + K classes: one's own key and the queue."""
+    f, f_ema, total = unit(f), unit(f_ema), 0
+    for i in range(N):
+        s = [torch.exp(torch.dot(f[i], k) / TAU) for k in [f_ema[i], *unit(QUEUE)]]
+        total = total - torch.log(s[0] / sum(s)) / N
+    return total
+
+
+def of_byol(g, f_ema, y=None, mixed=False):
+    """Section 3.3's squared distance, and the term without gradient that is dropped."""
+    g, targets, v, total = unit(g), torch.stack(unit(f_ema)).T, virtual_labels(y, mixed), 0
+    for i in range(N):
+        target = targets @ v[i]  # F~ v, not of unit length where labels are mixed
+        total = total + ((g[i] - target).square().sum() + 1 - target.square().sum()) / N
+    return total
+
+
+def nt_xent(f, f_tilde, y=None, mixed=False):
+    """2N anchors, each without itself; with y L_out of SupCon: the mean over all positives."""
+    views, total = unit(f) + unit(f_tilde), 0
+    y = (torch.arange(N) if y is None else y).repeat(2)
     for i in range(2 * N):
         s = [torch.exp(torch.dot(views[i], k) / TAU) for k in views]
         others = sum(s[k] for k in range(2 * N) if k != i)
@@ -64,30 +89,33 @@ def supcon(f, f_tilde, y=None):
     return total
 
 
-def triplet(f, f_tilde, y=None, mixed=False, margin=1.0):
-    f, f_tilde, y, total = unit(f), unit(f_tilde), classes(y), 0
+def labels_of(i, y, mixed):
+    """Weight and label of the one or two virtual labels of example i."""
+    lam = LAM[i].item()
+    return [(lam, y[i]), (1 - lam, y[PERM[i]])] if mixed else [(1.0, y[i])]
+
+
+def triplet(f, f_tilde, y=None, mixed=False):
+    """A margin of 1; the farthest of the class and the nearest of another."""
+    f, f_tilde, total = unit(f), unit(f_tilde), 0
+    y = torch.arange(N) if y is None else y
     for i in range(N):
         distances = [(f[i] - k).square().sum() for k in f_tilde]
-        labels = [(1.0, y[i])]
-        if mixed:
-            labels = [(LAM[i].item(), y[i]), (1 - LAM[i].item(), y[PERM[i]])]
-        for weight, label in labels:
+        for weight, label in labels_of(i, y, mixed):
             farthest = max(distances[n] for n in range(N) if y[n] == label)
             nearest = min(distances[n] for n in range(N) if y[n] != label)
-            total = total + weight * torch.clamp(margin + farthest - nearest, min=0) / N
+            total = total + weight * torch.clamp(1 + farthest - nearest, min=0) / N
     return total
 
 
-def standardised(z):
-    return (z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt()  # BatchNorm's epsilon
-
-
 def barlow_twins(f, f_tilde, y=None, mixed=False):
-    f, f_tilde = f.double(), f_tilde.double()
+    def standardised(z):
+        return (z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt()  # BatchNorm's epsilon
+
+    f, f_tilde, lam, total = f.double(), f_tilde.double(), LAM.double()[:, None], 0
     if mixed:
-        lam = LAM.double()[:, None]
         f_tilde = lam * f_tilde + (1 - lam) * f_tilde[PERM]
-    f, f_tilde, total = standardised(f), standardised(f_tilde), 0
+    f, f_tilde = standardised(f), standardised(f_tilde)
     for d in range(D):
         for e in range(D):
             c = sum(f[i, d] * f_tilde[i, e] for i in range(N)) / N
@@ -96,27 +124,24 @@ def barlow_twins(f, f_tilde, y=None, mixed=False):
 
 
 def dare(f, f_tilde, y=None, mixed=False):
-    """Bhattacharyya's distance from its definition: -log of the integral of sqrt(p q)."""
-    (mu, log_var), (mu_tilde, log_var_tilde) = (z.chunk(2, dim=1) for z in (f.double(),
-                                                                             f_tilde.double()))
+    """N-pair of samples, and the distance of Gaussians whose means are of unit length."""
+    (mu, log_var), (mu_tilde, log_var_tilde) = (z.double().chunk(2, 1) for z in (f, f_tilde))
     torch.manual_seed(5)
     z = mu + (log_var / 2).exp() * torch.randn(N, D).double()
     z_tilde = mu_tilde + (log_var_tilde / 2).exp() * torch.randn(N, D).double()
     total = n_pair(z, z_tilde, y, mixed)
+    mu, mu_tilde = unit(mu), unit(mu_tilde)
     for i in range(N):
-        pairs = [(1.0, i)]
-        if mixed:
-            pairs = [(LAM[i].item(), i), (1 - LAM[i].item(), PERM[i])]
-        for weight, n in pairs:
+        for weight, n in labels_of(i, torch.arange(N), mixed):
             for d in range(D):
                 total = total + 0.9 * weight / D / N * bhattacharyya(
-                    mu[i, d], log_var[i, d].exp(), mu_tilde[n, d], log_var_tilde[n, d].exp())
+                    mu[i][d], log_var[i, d].exp(), mu_tilde[n][d], log_var_tilde[n, d].exp())
     return total
 
 
 def bhattacharyya(mu, var, mu_tilde, var_tilde):
-    """By numerical integration."""
-    x = torch.linspace(-60, 60, 40_001, dtype=torch.float64)
+    """-log of the integral of sqrt(p q), by numerical integration."""
+    x = torch.linspace(-60, 60, 20_001, dtype=torch.float64)
 
     def log_density(mu, var):
         return -(x - mu) ** 2 / (2 * var) - torch.log(2 * math.pi * var) / 2
@@ -125,129 +150,203 @@ def bhattacharyya(mu, var, mu_tilde, var_tilde):
     return -torch.log(torch.trapezoid(of_both.exp(), x))
 
 
-LABELLED = {"y": Y}
-MIXED = {"perm": PERM, "lam": LAM}
-CASES = [
-    (npair.n_pair_loss, n_pair, [TAU], [LABELLED, MIXED, LABELLED | MIXED]),
-    (simclr.n_pair_loss, n_pair, [TAU], [{}, LABELLED | MIXED]),
-    (simclr.nt_xent_loss, supcon, [TAU], [{}, LABELLED]),
-    (simclr.triplet_loss, triplet, [1.0], [{}, LABELLED, MIXED, LABELLED | MIXED]),
+LABELLED, MIXED = {"y": Y}, {"perm": PERM, "lam": LAM}
+BOTH = LABELLED | MIXED
+EQUATIONS = [  # loss, equation, arguments after the embeddings, options
+    (npair.n_pair_loss, n_pair, [TAU], [{}, LABELLED, MIXED, BOTH]),
+    (simclr.n_pair_loss, n_pair, [TAU], [{}, BOTH]),
+    (simclr.nt_xent_loss, nt_xent, [TAU], [{}, LABELLED]),
+    (simclr.triplet_loss, triplet, [1.0], [{}, LABELLED, MIXED, BOTH]),
     (simclr.barlow_twins_loss, barlow_twins, [0.0051], [{}, MIXED]),
-    (simclr.dare_loss, dare, [TAU, 0.9], [{}, LABELLED, MIXED, LABELLED | MIXED])]
+    (simclr.dare_loss, dare, [TAU, 0.9], [{}, LABELLED, MIXED, BOTH]),
+    (moco.moco_loss, of_moco, [QUEUE, TAU], [{}, MIXED]),
+    (moco.moco_own_loss, mocos_own, [QUEUE, TAU], [{}]),
+    (byol.byol_loss, of_byol, [], [{}, MIXED])]
+NO_GRADIENT = [moco.moco_loss, moco.moco_own_loss, byol.byol_loss]  # into the other views
 
 
-@pytest.mark.parametrize("loss, equation, settings, options", [
-    pytest.param(loss, equation, settings, options, id=f"{loss.__name__}-{'-'.join(options)}")
-    for loss, equation, settings, cases in CASES for options in cases])
-def test_loss_and_gradients_equal_the_equation(loss, equation, settings, options):
+@pytest.mark.parametrize("loss, equation, rest, options", [
+    pytest.param(*row, options, id=f"{row[0].__name__}-{'-'.join(options)}")
+    for *row, cases in EQUATIONS for options in cases])
+def test_loss_and_gradients_equal_the_equation(loss, equation, rest, options):
     f, f_tilde = embeddings(2 * D if equation is dare else D)
     if equation is dare:  # sigma^2 from 0.3 to 3
         f.data[:, D:].clamp_(-1, 1), f_tilde.data[:, D:].clamp_(-1, 1)
-    mixed = {"mixed": True} if "perm" in options else {}
-    expected = equation(f, f_tilde, options.get("y"), **mixed)
+    expected = equation(f, f_tilde, options.get("y"), "perm" in options)
     expected_gradients = torch.autograd.grad(expected, (f, f_tilde))
     torch.manual_seed(5)
-    value = loss(f, f_tilde, *settings, **options)
-    gradients = torch.autograd.grad(value, (f, f_tilde))
+    queue = QUEUE.clone().requires_grad_()
+    value = loss(f, f_tilde, *(queue if r is QUEUE else r for r in rest), **options)
+    gradients = torch.autograd.grad(value, (f, f_tilde, queue), allow_unused=True)
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
-    for gradient, expected_gradient in zip(gradients, expected_gradients):
-        assert gradient.abs().max() > 1e-3
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(gradients[0], expected_gradients[0], rtol=1e-4, atol=1e-5)
+    if loss in NO_GRADIENT:
+        assert gradients[1] is None and gradients[2] is None
+    else:
+        torch.testing.assert_close(gradients[1], expected_gradients[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("script", [npair, simclr])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_without_classes_n_pair_is_bit_for_bit_cross_entropy_with_the_identity(script, mixed):
-    """Value and gradients as of two gathered log-probabilities."""
-    results = []
-    for of in ("ours", "gathered"):
-        f, f_tilde = embeddings()
-        options = MIXED if mixed else {}
-        if of == "ours":
-            loss = script.n_pair_loss(f, f_tilde, TAU, **options)
-        else:
-            logits = F.normalize(f, dim=1) @ F.normalize(f_tilde, dim=1).T / TAU
-            log_p = F.log_softmax(logits, dim=1)
-            loss = -log_p.diagonal()
-            if mixed:
-                loss = LAM * loss + (1 - LAM) * -log_p.gather(1, PERM[:, None]).squeeze(1)
-            loss = loss.mean()
-        results.append([loss, *torch.autograd.grad(loss, (f, f_tilde))])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+@pytest.mark.parametrize("loss, rest", [
+    (npair.n_pair_loss, [0.1]), (moco.moco_loss, [QUEUE, 0.1]), (byol.byol_loss, [])])
+def test_the_loss_is_linear_in_the_label(loss, rest):
+    """Mixed, it is the weighted sum of two plain losses; with lam 1 it is the plain one."""
+    f, f_tilde = embeddings()
+    perm, lam = torch.arange(N).roll(3), 0.7
+    own, partner = loss(f, f_tilde, *rest), loss(f, f_tilde[perm], *rest)
+    assert abs(own - partner) > 0.1
+    mixed = loss(f, f_tilde, *rest, perm, torch.full((N,), lam))
+    torch.testing.assert_close(mixed, lam * own + (1 - lam) * partner)
+    assert torch.equal(loss(f, f_tilde, *rest, perm, torch.ones(N)), own)
 
 
-@pytest.mark.parametrize("name", simclr.LOSSES)
-def test_losses_stay_float32_under_autocast(name):
-    row, y = simclr.LOSSES[name], None
-    args = simclr.Args(loss=name, alpha=0.0)
-    if args.supervised:
-        y = Y
-    f, f_tilde = (z.detach() for z in embeddings(2 * D))
+def test_byol_drops_a_term_that_is_not_zero():
+    """The squared distance itself is smaller, where labels are mixed."""
+    g, f_ema = embeddings()
+    targets = F.normalize(f_ema, dim=1)
+    target = LAM[:, None] * targets + (1 - LAM[:, None]) * targets[PERM]
+    distance = (F.normalize(g, dim=1) - target).square().sum(1).mean()
+    assert byol.byol_loss(g, f_ema, PERM, LAM) - distance > 0.05
+
+
+@pytest.mark.parametrize("loss, rest", [(row[0], row[2]) for row in EQUATIONS],
+                         ids=lambda value: getattr(value, "__name__", ""))
+def test_losses_stay_float32_under_autocast(loss, rest):
+    f, f_tilde = (z.detach() for z in embeddings(2 * D if loss is simclr.dare_loss else D))
     values = []
-    for dtype in (None, torch.bfloat16):
+    for inputs, dtype in (((f, f_tilde), None), ((f, f_tilde), torch.bfloat16),
+                          ((f.bfloat16(), f_tilde.bfloat16()), torch.bfloat16)):
         torch.manual_seed(0)
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            values.append(row.of(f, f_tilde, args, None, None, y))
-    assert values[1].dtype == torch.float32 and torch.equal(*values)
+            values.append(loss(*inputs, *rest))
+    assert values[1].dtype == values[2].dtype == torch.float32
+    assert torch.equal(values[0], values[1])  # nothing inside is rounded
+    torch.manual_seed(0)
+    assert torch.equal(values[2], loss(f.bfloat16().float(), f_tilde.bfloat16().float(), *rest))
 
 
-def test_supcon_is_pytorch_metric_learnings():
-    losses = pytest.importorskip("pytorch_metric_learning.losses")
-    f, f_tilde = embeddings()
-    theirs = losses.SupConLoss(temperature=TAU)(torch.cat([f, f_tilde]), Y.repeat(2))
-    torch.testing.assert_close(simclr.nt_xent_loss(f, f_tilde, TAU, Y), theirs)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, k", [(4, 12), (5, 12), (4, 4), (12, 5)])
+def test_the_queue_holds_the_last_keys_and_the_oldest_leave(n, k, dtype):
+    queue = F.normalize(torch.randn(k, 6), dim=1)
+    history = [queue]  # newest first
+    for _ in range(5):
+        keys = (3 * torch.randn(n, 6)).to(dtype)
+        history.insert(0, F.normalize(keys.float(), dim=1))
+        queue = moco.enqueue(queue, keys)
+        torch.testing.assert_close(queue, torch.cat(history)[:k], rtol=0, atol=0)
 
 
-def test_barlow_twins_is_lightlys():
-    loss = pytest.importorskip("lightly.loss").BarlowTwinsLoss(lambda_param=0.0051)
-    f, f_tilde = embeddings()
-    torch.testing.assert_close(simclr.barlow_twins_loss(f, f_tilde, 0.0051) * D, loss(f, f_tilde))
+# ----------------------------------------------------------------------- mixing
+@pytest.mark.parametrize("shape", [(64, 7), (64, 3, 8, 8)])
+def test_mixup(shape):
+    x = torch.randn(shape)
+    before = x.clone()
+    x_mix, perm, lam = npair.mixup(x, 1.0)
+    assert torch.equal(x, before)
+    assert torch.equal(perm.sort().values, torch.arange(64))
+    assert lam.shape == (64,) and lam.min() >= 0.5 and lam.max() <= 1
+    for i in range(64):
+        torch.testing.assert_close(x_mix[i], lam[i] * x[i] + (1 - lam[i]) * x[perm[i]])
 
 
-# ----------------------------------------------------------------------- flags, loop
-@pytest.mark.parametrize("options, instead", [
-    ({"loss": "nt-xent"}, "--loss n-pair"), ({"loss": "supcon"}, "--loss n-pair --supervised"),
-    ({"loss": "nt-xent", "alpha": 0.0, "supervised": True}, "--loss supcon"),
-    ({"loss": "barlow-twins", "supervised": True}, "leave it out"),
-    ({"supervised": True, "labels": 0.1}, "--labels"),
-    ({"finetune": True, "eval_every": 2}, "--eval-every")])
-def test_what_does_not_go_together_is_refused(options, instead):
-    with pytest.raises(ValueError, match=instead):
-        simclr.Args(**options)
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0])
+def test_mixups_lam_is_a_folded_beta(alpha):
+    n = 200_000
+    _, perm, lam = npair.mixup(torch.zeros(n, 1), alpha)
+    # With B ~ Beta(alpha, alpha): (lam - 1/2)^2 = (B - 1/2)^2, whose mean is B's variance.
+    assert abs((lam - 0.5).square().mean() * 4 * (2 * alpha + 1) - 1) < 0.02
+    beta_function = math.gamma(alpha) ** 2 / math.gamma(2 * alpha)
+    assert abs(lam.mean() - 0.5 - 4**-alpha / (alpha * beta_function)) < 0.002  # E|B - 1/2|
+    assert (perm == torch.arange(n)).sum() < 10  # on average, one fixed point
+    assert abs(torch.stack([lam, lam.roll(1)]).corrcoef()[0, 1]) < 0.01  # one of each example
 
 
-def test_recipes_of_the_losses():
-    def args(*flags):
-        return simclr.parse_args(list(flags), common.domain)[0]
-
-    assert args().temperature == 0.2 and args().dim == 128
-    assert args("--loss", "supcon", "--alpha", "0").temperature == 0.1
-    assert args("--loss", "supcon", "--alpha", "0").supervised
-    assert args("--loss", "barlow-twins").dim == 2048
-    assert args("--loss", "dare").temperature == 0.2
+def test_extreme_alphas_are_finite():
+    for alpha in (1e-4, 1e4):
+        x_mix, _, lam = npair.mixup(torch.randn(1000, 3), alpha)
+        assert x_mix.isfinite().all() and lam.min() >= 0.5 and lam.max() <= 1
 
 
-@pytest.mark.parametrize("script", [npair, simclr])
-def test_classes_reach_the_loss_alone_where_they_are_asked_for(script, monkeypatch):
-    """A loader may yield classes all the same; where it yields none, that is said."""
-    seen, inner = [], script.n_pair_loss
+@pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("shape", [(8, 8), (9, 13)])
+def test_cutmix_pastes_one_box_and_lam_is_the_share_of_pixels_kept(alpha, shape):
+    n, at_border = 6, 0
+    x = torch.arange(float(n))[:, None, None, None].expand(n, 3, *shape)
+    for seed in range(200):
+        torch.manual_seed(seed)
+        x_mix, perm, lam = simclr.cutmix(x, alpha)
+        assert lam.shape == (n,) and lam.min() >= 0.5 and lam.max() <= 1
+        assert torch.equal(perm.sort().values, torch.arange(n))
+        assert ((x_mix == x) | (x_mix == x[perm])).all()
+        moved = perm != torch.arange(n)
+        kept = (x_mix == x).float().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(kept[moved], lam[moved])
+        if moved.any() and lam[0] < 1:  # the same box in every image and channel
+            pasted = (x_mix != x)[moved]
+            assert (pasted == pasted[:1, :1]).all()
+            rows, columns = pasted[0, 0].any(dim=1), pasted[0, 0].any(dim=0)
+            assert torch.equal(pasted[0, 0], rows[:, None] & columns)
+            for side in (rows, columns):
+                inside = side.nonzero().flatten()
+                assert len(inside) == inside[-1] - inside[0] + 1
+            at_border += (rows[0] | rows[-1] | columns[0] | columns[-1]).item()
+    assert at_border > 20  # boxes cut off at the border were among them
 
-    def loss(f, f_tilde, temperature, perm, lam, y):
-        seen.append(y)
-        return inner(f, f_tilde, temperature, perm, lam, y)
 
-    monkeypatch.setattr(script, "n_pair_loss", loss)
-    x, y = torch.randn(8, 6), torch.arange(8) % 3
-    for supervised in (False, True):
-        nets = torch.nn.Linear(6, 32), script.projection_head(32, 8)
-        args = script.Args(epochs=1, supervised=supervised)
-        script.pretrain(*nets, [(x, x, y)], args)
-    assert seen[0] is None and torch.equal(seen[1], y)
-    with pytest.raises(ValueError, match="y"):
-        script.pretrain(*nets, [(x, x)], args)
+@pytest.mark.parametrize("beta, middle, rows", [
+    (0.75, 16, range(8, 24)),  # a quarter of the pixels: 16 a side
+    (0.25, 16, range(8, 24)),  # folded
+    (0.75, 3, range(0, 11)),  # cut off at the border
+    (0.886, 16, range(11, 21)),  # 0.338 of 32 is 10.8
+    (0.87, 16, range(11, 21)),  # 0.361 of 32 is 11.5: an even side
+    (0.998, 16, range(0))])  # 0.045 of 32 is 1.4: no box
+def test_cutmixs_box_by_hand(monkeypatch, beta, middle, rows):
+    """As published: 2 * (cut // 2) pixels a side, around the pixel that is drawn."""
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: torch.tensor([beta]))
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor([middle]))
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n).roll(1))
+    x = torch.stack([torch.zeros(1, 32, 32), torch.ones(1, 32, 32)])
+    x_mix, _, lam = simclr.cutmix(x, 1.0)
+    expected = torch.zeros(32, 32)
+    for row in rows:
+        expected[row, rows] = 1
+    assert torch.equal(x_mix[0, 0], expected) and torch.equal(x_mix[1, 0], 1 - expected)
+    assert lam.tolist() == pytest.approx([1 - len(rows) ** 2 / 32**2] * 2)
 
 
-def test_two_views_yields_the_classes_of_its_batch():
-    x = torch.arange(20.0)[:, None]
-    for view, view_tilde, y in common.TwoViews(x, lambda x: x, 5, torch.arange(20)):
-        assert torch.equal(view, view_tilde) and torch.equal(view[:, 0].long(), y)
+def test_cutmixs_middle_is_any_pixel_alike(monkeypatch):
+    """A box of two pixels a side: the rows and columns pasted tell which pixel was drawn."""
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: torch.tensor([0.5]))
+    x = torch.arange(2.0)[:, None, None, None].expand(2, 1, 4, 4)
+    counts = torch.zeros(4, 4)
+    for _ in range(4000):
+        x_mix, perm, _ = simclr.cutmix(x, 1.0)
+        if perm[0] == 1:
+            pasted = x_mix[0, 0] == 1
+            row, column = (pasted.any(dim=d).nonzero().max() for d in (1, 0))
+            counts[row, column] += 1  # the middle is the last row and column of its box
+    assert counts.min() > 80 and counts.max() < 180  # 125 on average
+
+
+def test_inputmix_by_hand(monkeypatch):
+    """Shares 1/2 + d_0/2, d_1/2 and d_2/2 of an example and its two partners."""
+    d = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    partners = iter([torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])])
+    monkeypatch.setattr(torch.distributions.Dirichlet, "sample", lambda self: d)
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: next(partners))
+    x = torch.tensor([[1.0], [10.0], [100.0]])
+    expected = [0.6 * 1 + 0.15 * 10 + 0.25 * 100, 10.0, 0.5 * 100 + 0.5 * 10]
+    assert simclr.inputmix(x, 1.0).flatten().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 4.0])
+def test_inputmixs_shares_follow_the_dirichlet_distribution(alpha):
+    """Read off one-hot examples. d_k has mean 1/3 and variance 2 / (9 (3 alpha + 1))."""
+    shares = simclr.inputmix(torch.eye(2000), alpha)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(2000))
+    own = shares.diagonal().clone()
+    others = shares.fill_diagonal_(0).sort(dim=1).values
+    assert own.min() >= 0.5 and not others[:, :-2].any()
+    assert abs(own.mean() - (1 / 2 + 1 / 6)) < 0.01
+    assert abs((2 * own).var() / (2 / (9 * (3 * alpha + 1))) - 1) < 0.1
