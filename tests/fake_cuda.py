@@ -8,8 +8,10 @@ on a card. A Watch sees each operator, and notes those for which the host would 
 import contextlib
 import sys
 import traceback
+from collections import Counter
 from unittest import mock
 
+import numpy as np
 import torch
 import torchaudio
 from torch import nn
@@ -29,6 +31,8 @@ def place():
     """Which function of the scripts, or backward() below, is running: "module.function"."""
     for frame, _ in traceback.walk_stack(sys._getframe()):
         module = frame.f_globals["__name__"]
+        if frame.f_code.co_name.startswith("<"):  # a comprehension
+            continue
         if module in SCRIPTS or frame.f_code is backward.__code__:
             return f"{module}.{frame.f_code.co_name}"
 
@@ -37,8 +41,8 @@ class Watch(TorchDispatchMode):
     """What operators did since clear().
 
     waits: list of (operator, place) that read a value or copied between host and card; products:
-    set of (place, dtype) of the operands of matrix products and convolutions; norms: set of the
-    dtypes of which norms were taken; launches: the number of operators that ran on the card.
+    set of (place, dtype) of the operands of matrix products and convolutions; launches: how often
+    each operator ran on the card, a Counter.
     """
 
     def __init__(self):
@@ -46,7 +50,7 @@ class Watch(TorchDispatchMode):
         self.clear()
 
     def clear(self):
-        self.waits, self.products, self.norms, self.launches = [], set(), set(), 0
+        self.waits, self.products, self.launches = [], set(), Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -72,10 +76,8 @@ class Watch(TorchDispatchMode):
             self.waits.append((name, place()))
         if name in PRODUCTS:
             self.products.update((place(), t.dtype) for t in tensors)
-        if name == "linalg_vector_norm":
-            self.norms.update(t.dtype for t in tensors)
         if True in on_card and not func.is_view and name not in NO_KERNEL:
-            self.launches += 1
+            self.launches[name] += 1
         return out
 
 
@@ -108,13 +110,17 @@ def fake_cuda():
     def mel_filters(bins, low, high, bands, *rest):  # torchaudio's needs values
         return torch.empty(bins, bands)
 
+    def numpy(tensor):
+        return np.zeros(tensor.shape, str(tensor.dtype).removeprefix("torch."))
+
     patch = mock.patch.object
-    with (patch(torch.cuda, "is_bf16_supported", lambda: True),
+    with (patch(torch.cuda, "is_bf16_supported", lambda **_: True),
           patch(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9)),
           patch(torch.cuda, "get_rng_state", lambda device: None),
           patch(torch.cuda, "set_rng_state", lambda state, device: None),
           patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
           patch(torch.Tensor, "backward", backward),
+          patch(torch.Tensor, "numpy", numpy),
           patch(nn.Module, "to", lambda module, **kwargs: module),  # can't swap fake weights
           patch(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True),
           patch(torchaudio.functional, "melscale_fbanks", mel_filters),

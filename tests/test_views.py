@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""The views of images: each transform against torchvision's, and how its parameters are drawn."""
+"""The views of images and speech: each transform against torchvision's and librosa's, or on a
+known sound, and how its parameters are drawn."""
 
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
+import torchaudio
 import torchvision.transforms.v2 as v2
 import torchvision.transforms.v2.functional as TF
 from sklearn.datasets import load_sample_images
@@ -14,11 +17,6 @@ import common
 
 N, SIZE = 64, 32
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
@@ -244,17 +242,18 @@ def test_one_channel_is_cropped_and_brightened_but_not_flipped():
     assert view.mean(dim=(1, 2, 3)).std() > 0.02
 
 
-def test_padded_crop_is_torchvisions_random_crop(x):
-    images = x[10:11].expand(3000, 3, SIZE, SIZE)
-    views = common.padded_crop(images)
-    padded = TF.pad(x[10], [4, 4, 4, 4])
-    every = [padded[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
-    every = torch.stack(every)
+@pytest.mark.parametrize("size, padding, n", [(32, 4, 3000), (8, 1, 330)])
+def test_padded_crop_is_torchvisions_random_crop(x, size, padding, n):
+    """Padded by an eighth of the size; 18.5 views of each shift and side, on average."""
+    image = x[10, :, :size, :size]
+    views = common.padded_crop(image.expand(n, 3, size, size))
+    padded, shifts = TF.pad(image, [padding] * 4), range(2 * padding + 1)
+    every = torch.stack([padded[:, i : i + size, j : j + size] for i in shifts for j in shifts])
     every = torch.cat([every, every.flip(-1)]).flatten(1)
     exactly = "donot_use_mm_for_euclid_dist"
     distance, which = torch.cdist(views.flatten(1), every, compute_mode=exactly).min(dim=1)
     assert distance.max() < 1e-3
-    counts = which.bincount(minlength=162)  # 18.5 on average
+    counts = which.bincount(minlength=len(every))
     assert counts.min() > 3 and counts.max() < 45
 
 
@@ -265,3 +264,308 @@ def test_no_view_synchronises():
     assert common.padded_crop(x).shape == (16, 3, 32, 32)
     x = torch.empty(16, 3, 96, 96, device="meta")
     assert common.image_view(x).shape == (16, 3, 96, 96)
+
+
+# ----------------------------------------------------------------------- speech
+def tone(hertz, seconds=1.0, phase=0.0):
+    time = np.arange(round(seconds * 16000)) / 16000
+    return np.sin(2 * np.pi * hertz * time + phase)
+
+
+def float32(*clips):
+    return torch.tensor(np.stack(clips), dtype=torch.float32)
+
+
+def mel_of(hertz):
+    """Slaney's: linear to 1,000 Hz, there 15 mel, then 27 mel for a factor of 6.4."""
+    if hertz < 1000:
+        return 3 * hertz / 200
+    return 15 + 27 * math.log(hertz / 1000) / math.log(6.4)
+
+
+def hertz_of(mel):
+    if mel < 15:
+        return 200 * mel / 3
+    return 1000 * 6.4 ** ((mel - 15) / 27)
+
+
+def naive_log_mel(x):
+    """librosa's log-mel from its definition, in float64: x (16000,) -> (32, 32).
+
+    power_to_db(melspectrogram(y=x, sr=16000, n_fft=2048, hop_length=512, n_mels=32,
+    pad_mode="reflect"), ref=np.max)
+    """
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(2048) / 2048)
+    padded = np.concatenate([x[1024:0:-1], x, x[-2:-1026:-1]])  # reflected at both ends
+    power = np.zeros((1025, 32))
+    for t in range(32):
+        frame = padded[512 * t : 512 * t + 2048]
+        power[:, t] = np.abs(np.fft.rfft(window * frame)) ** 2
+
+    edges = [hertz_of(mel_of(8000) * k / 33) for k in range(34)]
+    filters = np.zeros((32, 1025))
+    for band in range(32):
+        low, middle, high = edges[band : band + 3]
+        for k in range(1025):
+            f = 16000 * k / 2048
+            triangle = min((f - low) / (middle - low), (high - f) / (high - middle))
+            filters[band, k] = max(0, triangle) * 2 / (high - low)
+    level = 10 * np.log10(np.maximum(filters @ power, 1e-10))
+    return np.maximum(level - level.max(), -80)
+
+
+def log_mel(x):
+    return common.log_mel(common.squared_magnitude(common.stft(x)))
+
+
+def test_log_mel_is_librosas_definition():
+    rng = np.random.default_rng(0)
+    sweep = np.sin(2 * np.pi * np.cumsum(np.linspace(100, 7000, 16000)) / 16000)
+    late = np.concatenate([np.zeros(8000), tone(1000, 0.5)])
+    noise = rng.uniform(-1, 1, 16000)
+    clips = [tone(440), 0.01 * tone(3000), sweep, late, noise, 1e-4 * noise]
+    ours = log_mel(float32(*clips))
+    assert ours.shape == (6, 1, 32, 32) and ours.dtype == torch.float32
+    for clip, level in zip(clips, ours[:, 0].double().numpy()):
+        expected = naive_log_mel(clip)
+        error = np.abs(level - expected)  # dB
+        assert error[expected > -60].max() < 0.01
+        assert error.max() < 0.5  # 80 dB below, where float32 ends
+
+
+@pytest.mark.parametrize("hertz", [200, 440, 1000, 3000, 7000])
+def test_a_tone_is_loudest_in_its_band(hertz):
+    level = log_mel(float32(tone(hertz)))[0, 0]
+    band = mel_of(hertz) / mel_of(8000) * 33 - 1
+    assert abs(level.mean(1).argmax() - band) <= 0.6
+
+
+def test_zeros_are_flat():
+    assert log_mel(torch.zeros(2, 16000)).abs().max() == 0
+
+
+def pitch(x):
+    """The strongest frequency of each clip, in periods over its length."""
+    return torch.fft.rfft(x).abs().argmax(1)
+
+
+def test_speed_changes_pitch_and_length():
+    x = float32(tone(500)).expand(4, 16000)
+    speed = [2.0, 1.0, 0.8, 1.25]
+    y = common.change_speed(x, torch.tensor(speed))
+    assert torch.equal(y[1], x[1])
+    assert pitch(y[:1, :8000]).item() == 1000 / 2  # over half a second
+    assert pitch(y[2:3]).item() == 400
+    assert pitch(y[3:, :12800]).item() == 625 * 0.8
+    assert y[0, 8000:].abs().max() == 0 and y[3, 12801:].abs().max() == 0  # past the end
+    samples = np.append(tone(500), 0)
+    for i in range(4):
+        at = np.arange(16000) * speed[i]
+        expected = np.interp(at, np.arange(16001), samples, right=0)
+        assert np.abs(y[i].numpy() - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("rate", [0.8, 0.93, 1.0, 1.2])
+def test_stretch_has_the_magnitudes_of_torchaudios_phase_vocoder(rate):
+    s = common.stft(torch.randn(3, 16000))
+    advance = torch.linspace(0, math.pi * 512, 1025)[:, None]
+    expected = torchaudio.functional.phase_vocoder(s.mT, rate, advance).abs().mT
+    assert expected.shape == (3, math.ceil(32 / rate), 1025)
+    rates = torch.tensor([rate, 1.1, rate])
+    ours = common.stretch_and_shift(s.abs(), rates, torch.zeros(3))
+    assert ours.shape == (3, 32, 1025)
+    frames = min(32, math.ceil(32 / rate))
+    for i in (0, 2):
+        torch.testing.assert_close(ours[i, :frames], expected[i, :frames], atol=5e-4, rtol=1e-4)
+        assert not ours[i, frames:].any()
+
+
+def test_stretch_keeps_the_pitch_and_moves_the_end():
+    x = torch.zeros(2, 16000)
+    x[:, :8192] = float32(tone(1000, 8192 / 16000))  # 16 frames of a tone, then silence
+    rate = torch.tensor([0.8, 1.2])
+    power = common.stretch_and_shift(common.stft(x).abs(), rate, torch.zeros(2)).square()
+    assert (power.sum(1).argmax(1) == 128).all()  # bin 128 is 1,000 Hz
+    level = power.sum(2)  # of each frame
+    for i in range(2):
+        loud = level[i] > level[i].max() / 4
+        end = loud.nonzero().max().item() + 1
+        assert abs(end - 16 / rate[i]) <= 1
+
+
+def test_shift_moves_a_click_by_frames():
+    x = torch.zeros(3, 16000)
+    x[:, 16 * 512] = 1  # in the middle of frame 16
+    shift = torch.tensor([0.0, 5.0, -8.0])
+    moved = common.stretch_and_shift(magnitude(x), torch.ones(3), shift)
+    assert moved.sum(2).argmax(1).tolist() == [16, 11, 24]
+
+
+def test_a_shortened_clip_is_cut_before_it_is_shifted():
+    """By hand: at a rate of 1.2 a clip has ceil(32 / 1.2) = 27 frames, the last one at 31.2.
+
+    Five frames later it would reach to frame 32, but ends at 27 all the same.
+    """
+    frame = torch.arange(1.0, 33).expand(3, 32)[:, :, None]  # frame t holds t + 1
+    moved = common.stretch_and_shift(frame, torch.full((3,), 1.2), torch.tensor([0.0, -5.0, 5.0]))
+    stretched = torch.tensor([1 + 1.2 * t for t in range(26)] + [0.8 * 32])  # 26: 31.2, 0.8 inside
+    silence = torch.zeros(5)
+    torch.testing.assert_close(moved[0, :, 0], torch.cat([stretched, silence]))
+    torch.testing.assert_close(moved[1, :, 0], torch.cat([silence, stretched[:22], silence]))
+    torch.testing.assert_close(moved[2, :, 0], torch.cat([stretched[5:], silence, silence]))
+
+
+def test_shift_brings_in_silence():
+    flat = torch.ones(4, 32, 1025)
+    rate, shift = torch.tensor([1.0, 0.8, 1.0, 0.9]), torch.tensor([-3.0, 8.0, 8.0, -1.0])
+    moved = common.stretch_and_shift(flat, rate, shift)
+    assert not moved[0, :3].any() and (moved[0, 3:] == 1).all()  # before the clip is nothing
+    assert (moved[1] > 0.79).all()  # slowed down to 40 frames, of which the last 32 are taken
+    assert (moved[2, :24] == 1).all() and not moved[2, 24:].any()
+    assert not moved[3, 0].any() and (moved[3, 1:] == 1).all()  # -0.9 is before the clip, too
+    moved = common.stretch_and_shift(magnitude(float32(tone(440))), torch.ones(1),
+                                     torch.tensor([8.0]))
+    level = common.log_mel(moved.square())
+    assert (level[0, 0, :, 24:] == -80).all()  # silence, not noise
+
+
+PARTS = ["amplitude", "speed", "stretch", "shift"]
+
+
+def fix(monkeypatch, **shares):
+    """Fix what a view draws: these parts alone, each at this share of its range.
+
+    Noise and then the clip draw PARTS each; then the clip is given its share of noise. Between
+    them the phase is 0.
+    """
+    order = [f"noise_{part}" for part in PARTS] + ["noise"] + PARTS
+    drawn = iter([])
+
+    def draw(n, low, high, otherwise, device):
+        nonlocal drawn
+        part = next(drawn, None)
+        if part is None:
+            drawn = iter(order)
+            part = next(drawn)
+        value = low + shares[part] * (high - low) if part in shares else otherwise
+        return torch.full((n,), value)
+
+    monkeypatch.setattr(common, "draw", draw)
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
+
+
+@pytest.fixture
+def powers(monkeypatch):
+    """The powers that log_mel is called with, in a list."""
+    seen = []
+    inner = common.log_mel
+
+    def keep(power):
+        seen.append(power)
+        return inner(power)
+
+    monkeypatch.setattr(common, "log_mel", keep)
+    return seen
+
+
+def magnitude(x):
+    return common.stft(x).abs()
+
+
+def clip_and_noise():
+    return float32(tone(500), tone(1500)) / 2, torch.randn(1, 16000) / 9
+
+
+def test_each_part_of_a_view_alone(monkeypatch, powers):
+    x, noise = clip_and_noise()
+    m, zero, one = magnitude(x), torch.zeros(2), torch.ones(2)
+    cases = [  # the part, its share of its range, the magnitude that it makes
+        ("amplitude", 0.0, 0.7 * m),
+        ("amplitude", 1.0, 1.1 * m),
+        ("speed", 0.0, magnitude(common.change_speed(x, 1.25 * one))),
+        ("speed", 1.0, magnitude(common.change_speed(x, one / 1.2))),
+        ("stretch", 0.0, common.stretch_and_shift(m, 0.8 * one, zero)),
+        ("stretch", 1.0, common.stretch_and_shift(m, 1.2 * one, zero)),
+        ("shift", 0.0, common.stretch_and_shift(m, one, -8 * one)),
+        ("shift", 0.999, common.stretch_and_shift(m, one, 8 * one)),
+        ("noise", 0.0, m),
+        ("noise", 1.0, 0.55 * m + 0.45 * magnitude(noise)),
+        ("noise_speed", 1.0, m)]  # of noise of which no share is taken
+    for part, share, expected in cases:
+        fix(monkeypatch, **{part: share})
+        view = common.speech_view(x, noise)
+        assert view.shape == (2, 1, 32, 32)
+        torch.testing.assert_close(powers.pop().sqrt(), expected, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(view, log_mel(x), atol=0.05, rtol=0)  # with none of them
+
+
+def test_noise_goes_through_the_same_parts(monkeypatch, powers):
+    """Seen on silence, to which 0.45 of it is added: amplitude, speed, stretch and shift."""
+    _, noise = clip_and_noise()
+    one = torch.ones(1)
+    cases = [
+        ({"noise_amplitude": 0.5}, magnitude(0.9 * noise)),
+        ({"noise_speed": 1.0}, magnitude(common.change_speed(noise, one / 1.2))),
+        ({"noise_stretch": 1.0}, common.stretch_and_shift(magnitude(noise), 1.2 * one, 0 * one)),
+        ({"noise_shift": 0.0}, common.stretch_and_shift(magnitude(noise), one, -8 * one)),
+        ({"amplitude": 0.0, "speed": 1.0, "stretch": 0.0, "shift": 0.0}, magnitude(noise)),
+        ({"noise_stretch": 1.0, "noise_shift": 0.0},
+         common.stretch_and_shift(magnitude(noise), 1.2 * one, -8 * one))]
+    for shares, expected in cases:
+        fix(monkeypatch, noise=1.0, **shares)
+        common.speech_view(torch.zeros(1, 16000), noise)
+        torch.testing.assert_close(powers.pop().sqrt(), 0.45 * expected, atol=2e-3, rtol=1e-3)
+    assert not expected[0, :8].any() and not expected[0, 27:].any()  # 8 frames late, cut after 27
+
+
+@pytest.mark.parametrize("cycles, share", [(0, 0.55 + 0.45), (0.25, math.hypot(0.55, 0.45)),
+                                           (0.5, 0.55 - 0.45)])
+def test_the_phase_between_clip_and_noise(monkeypatch, powers, cycles, share):
+    """In step, magnitudes add up; a quarter apart, powers do; opposite, they are subtracted."""
+    x, _ = clip_and_noise()
+    fix(monkeypatch, noise=1.0)
+    monkeypatch.setattr(torch, "rand_like", lambda m: torch.full_like(m, cycles))
+    common.speech_view(x[:1], x[:1])
+    torch.testing.assert_close(powers[0].sqrt(), share * magnitude(x[:1]), atol=2e-2, rtol=1e-3)
+
+
+def test_noise_has_the_share_that_it_is_given(monkeypatch, powers):
+    """Phases are as likely as one another, so powers add up: (1 - share)^2 and share^2 of each."""
+    clips, noise = torch.randn(200, 16000), 2 * torch.randn(200, 16000)
+    with monkeypatch.context() as patch:
+        fix(patch, noise=1.0)
+        patch.setattr(torch, "rand_like", lambda m: m.clone().uniform_())
+        common.speech_view(clips, noise)
+    expected = 0.55**2 * magnitude(clips).square().mean()
+    expected += 0.45**2 * magnitude(noise).square().mean()
+    torch.testing.assert_close(powers[0].mean(), expected, rtol=0.01, atol=0)
+
+
+def test_each_is_drawn_for_half_of_the_clips(monkeypatch):
+    drawn, inner = [], common.draw
+
+    def draw(n, low, high, otherwise, device):
+        values = inner(n, low, high, otherwise, device)
+        drawn.append((values, low, high, otherwise))
+        return values
+
+    monkeypatch.setattr(common, "draw", draw)
+    common.speech_view(torch.randn(300, 16000), torch.randn(3, 16000))
+    ranges = [(0.7, 1.1, 1), (-0.2, 0.2, 0), (-0.2, 0.2, 0), (-8, 9, 0)]  # of PARTS
+    assert [row[1:] for row in drawn] == [*ranges, (0, 0.45, 0), *ranges]
+    active = [values != otherwise for values, _, _, otherwise in drawn]
+    for (values, low, high, _), chosen in zip(drawn, active):
+        assert 0.4 < chosen.float().mean() < 0.6  # 3.5 standard deviations
+        edge = 0.05 * (high - low)
+        assert low <= values[chosen].min() < low + edge
+        assert high - edge < values[chosen].max() <= high
+    for a, b in itertools.pairwise(active):
+        assert 0.1 < (a & b).float().mean() < 0.4  # independent
+
+
+def test_views_work_without_data():
+    """On the meta device nothing can be copied to the host: a view that waits for it fails."""
+    x = torch.empty(4, 16000, device="meta", dtype=torch.int16) / 32768
+    noise = torch.empty(3, 16000, device="meta")
+    assert common.speech_view(x, noise).shape == (4, 1, 32, 32)
+    assert log_mel(x).shape == (4, 1, 32, 32)
