@@ -1,285 +1,628 @@
 # SPDX-License-Identifier: MIT
-"""What pretrain() of all four scripts has in common: resuming, what it reads, what it refuses."""
+"""pretrain() of the four scripts: the paper's loop, resuming, what it logs and what it refuses."""
 
-import dataclasses
-import json
+import ast
+import copy
+import functools
+import importlib.util
 import math
-import types
-import warnings
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import ROOT, Child
 from torch import nn
 
-import byol_imix
+import byol_imix as byol
 import common
-import moco_imix
-import npair_tabular
-import simclr_imix
+import moco_imix as moco
+import npair_tabular as npair
+import simclr_imix as simclr
 
-SCRIPTS = [npair_tabular, simclr_imix, moco_imix, byol_imix]
-CASES = [(npair_tabular, {}), (simclr_imix, {}), (simclr_imix, {"mix": "cutmix"}),
-         (simclr_imix, {"alpha": 0.0, "loss": "nt-xent"}),
-         (simclr_imix, {"loss": "dare"}), (moco_imix, {"queue": 100}),
-         (byol_imix, {"symmetric": True})]
+SCRIPTS = [npair, simclr, moco, byol]
+every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 
 
-def setup(script, device="cpu", seed=0):
-    """The script's networks, small, and a loader of 8 batches."""
+class Views:
+    """Batches of two random views of x; with y (classes) or sizes (of each batch), too."""
+
+    def __init__(self, x, sizes=(16, 16, 16), y=None):
+        self.x, self.sizes, self.y = x, sizes, y
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __iter__(self):
+        for size in self.sizes:
+            index = torch.randperm(len(self.x))[:size]
+            views = [self.x[index] * (torch.rand_like(self.x[index]) > 0.2) for _ in range(2)]
+            yield views if self.y is None else (*views, self.y[index])
+
+
+def setup(script, dtype=torch.float32, seed=0, dim=8, **rest):
+    """The script's networks, small, and a loader of 3 batches: rest, of Views."""
     torch.manual_seed(seed)
-    if script is simclr_imix:
+    if script is simclr:
         encoder = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
-        nets, x = [encoder, script.projection_head(288, 16)], torch.randn(128, 1, 8, 8)
+        nets, x = [encoder, script.projection_head(32, dim)], torch.randn(64, 1, 4, 4)
     else:
-        nets = [script.MLP5Layer([10, 4, 40], 1), script.projection_head(32, 16)]
-        x = torch.randn(128, 54)
-    if script is byol_imix:
-        nets.append(script.prediction_head(16, 32))
-    loader = common.TwoViews(x.to(device), lambda x: x * (torch.rand_like(x) > 0.2), 16)
-    return *(net.to(device) for net in nets), loader
+        nets = [script.MLP5Layer([4, 2], 1), script.projection_head(32, dim)]
+        x = torch.randn(64, 6)
+    if script is byol:
+        nets.append(script.prediction_head(dim, 32))
+    return *(net.to(dtype) for net in nets), Views(x.to(dtype), **rest)
+
+
+def recipe(script, **options):
+    """Args of 4 epochs for setup()."""
+    of_moco = {"queue": 40, "ema": 0.9, "bn_groups": 1} if script is moco else {}
+    return script.Args(**{"epochs": 4, "lr": 0.8, "warmup_epochs": 1, "dim": 8} | of_moco | options)
 
 
 def losses(log):
     return [row["loss"] for row in log]
 
 
+def without_rate(out):
+    """The rows of log.csv without examples_per_s, which is the last column."""
+    return [row.rsplit(",", 1)[0] for row in (out / "log.csv").read_text().splitlines()]
+
+
 class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("script, options", [*CASES, *((s, {"amp": "fp16"}) for s in SCRIPTS)])
-def test_going_on_from_a_checkpoint_is_bit_exact(monkeypatch, tmp_path, script, options):
-    """Whatever the state of the random numbers is, and whatever the weights were, at the start."""
-    args = script.Args(epochs=6, lr=1.6, warmup_epochs=1, eval_every=3, **options)
-    whole, again = setup(script), setup(script, seed=1)
-    log = script.pretrain(*whole, args)
-
-    def stop():
-        raise Stop
-
-    seconds = iter(range(10**6))  # as time passes, each epoch is saved
-    monkeypatch.setattr(script, "time", types.SimpleNamespace(monotonic=lambda: next(seconds)))
-    with pytest.raises(Stop):
-        script.pretrain(*setup(script), args, tmp_path, stop)
-    monkeypatch.undo()
-    torch.rand(3)
-    log_again = script.pretrain(*again[:-1], whole[-1], args, tmp_path)
-    assert losses(log) == losses(log_again)
-    for ours, theirs in zip(whole[:-1], again[:-1]):
-        for name, tensor in ours.state_dict().items():
-            assert torch.equal(tensor, theirs.state_dict()[name]), name
-    rows = (tmp_path / "log.csv").read_text().splitlines()
-    assert [int(row.split(",")[0]) for row in rows[1:]] == [1, 2, 3, 4, 5, 6]
+def stop():
+    raise Stop
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# ----------------------------------------------------------------------- the paper's loop
+def cross_entropy(a, b, v, tau):
+    """Of cosine similarities with the labels v (N, classes)."""
+    return F.cross_entropy(F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / tau, v)
+
+
+def reference(script, encoder, head, *rest, args):
+    """Sections 3.1, 3.2 and 3.3 written out, one loop; returns the log and what is trained."""
+    *predictor, loader = rest
+    model, log, steps = nn.Sequential(encoder, head), [], len(loader)
+    ema = copy.deepcopy(model)
+    trained = nn.Sequential(model, *predictor)
+    optimizer = torch.optim.SGD(trained.parameters(), momentum=0.9, weight_decay=args.weight_decay)
+    torch.manual_seed(args.seed * 10**6)
+    if script is moco:
+        queue = F.normalize(torch.randn(args.queue, 8), dim=1).to(loader.x.dtype)
+    for epoch in range(4):
+        torch.manual_seed(args.seed * 10**6 + epoch + 1)
+        total = 0
+        for i, (x, x_tilde, *y) in enumerate(loader):
+            n, t = len(x), epoch * steps + i
+            cosine = (1 + math.cos(math.pi * (t - steps) / (3 * steps))) / 2
+            lr = args.lr * n / 256 * ((t + 1) / steps if epoch == 0 else cosine)
+            optimizer.param_groups[0]["lr"] = lr
+            if getattr(args, "inputmix", False):
+                x = script.inputmix(x, 1.0)
+                x_tilde = script.inputmix(x_tilde, 1.0)
+            sides = [(x, x_tilde), (x_tilde, x)][: 1 + getattr(args, "symmetric", False)]
+            loss = 0
+            for x, x_tilde in sides:
+                v = torch.eye(n, dtype=x.dtype)
+                if getattr(args, "supervised", False):
+                    v = (y[0][:, None] == y[0]).to(x.dtype)
+                    v = v / v.sum(1, keepdim=True)
+                if args.alpha > 0:
+                    x, perm, lam = getattr(script, getattr(args, "mix", "mixup"))(x, args.alpha)
+                    v = lam[:, None] * v + (1 - lam[:, None]) * v[perm]
+                if script in (npair, simclr):
+                    f, f_tilde = model(torch.cat([x, x_tilde])).chunk(2)
+                    if getattr(args, "loss", "") == "nt-xent":
+                        views = F.normalize(torch.cat([f, f_tilde]), dim=1)
+                        logits = views @ views.T / args.temperature - 1e9 * torch.eye(2 * n)
+                        loss = F.cross_entropy(logits, (torch.arange(2 * n) + n) % (2 * n))
+                    else:
+                        loss = cross_entropy(f, f_tilde, v, args.temperature)
+                elif script is moco:
+                    order = torch.randperm(n) if args.bn_groups > 1 else torch.arange(n)
+                    size = n // args.bn_groups
+                    f = torch.cat([model(part) for part in x.split(size)])
+                    f_ema = torch.empty_like(f)
+                    with torch.no_grad():
+                        for part in order.split(size):
+                            f_ema[part] = ema(x_tilde[part])
+                    keys = F.normalize(torch.cat([f_ema, queue]), dim=1)
+                    v = F.pad(v, [0, len(queue)])
+                    if args.alpha > 0 or args.n_plus_k:
+                        loss = cross_entropy(f, keys, v, args.temperature)
+                    else:
+                        loss = sum(cross_entropy(
+                            f[k : k + 1], torch.cat([keys[k : k + 1], keys[n:]]),
+                            torch.eye(1, 1 + len(queue)), args.temperature) for k in range(n)) / n
+                    queue = keys[: args.queue]
+                else:
+                    g = F.normalize(predictor[0](model(x)), dim=1)
+                    with torch.no_grad():
+                        targets = F.normalize(ema(x_tilde), dim=1)
+                    loss = loss + (2 - 2 * (v * (g @ targets.T)).sum(1)).mean() / len(sides)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for theta_ema, theta in zip(ema.parameters(), model.parameters()):
+                m = getattr(args, "ema", 0)
+                theta_ema.data = m * theta_ema.data + (1 - m) * theta.data
+            total += loss.item() / steps
+        log.append({"loss": total, "lr": lr})
+    return log, trained, ema
+
+
+@pytest.mark.parametrize("script, options", [
+    (npair, {}), (npair, {"alpha": 0.0}), (npair, {"supervised": True}), (simclr, {}),
+    (simclr, {"mix": "cutmix"}), (simclr, {"alpha": 0.0, "loss": "nt-xent"}),
+    (simclr, {"inputmix": True, "alpha": 0.3}), (moco, {}), (moco, {"alpha": 0.0}),
+    (moco, {"alpha": 0.0, "n_plus_k": True}), (moco, {"bn_groups": 2}),
+    (moco, {"inputmix": True, "alpha": 0.3}), (byol, {}), (byol, {"alpha": 0.0}),
+    (byol, {"symmetric": True, "ema": 0.0}), (byol, {"inputmix": True, "alpha": 0.3})],
+    ids=lambda value: getattr(value, "__name__", None) or "-".join(value))
+def test_pretrain_is_the_papers_loop(tmp_path, script, options):
+    """In float64, as in float32 rounding sets two runs apart; losses are computed in float32."""
+    y = torch.arange(64) % 5 if options.get("supervised") else None
+    *nets, loader = setup(script, torch.float64, y=y)
+    args = recipe(script, weight_decay=0.01, temperature=0.3, seed=3, **options) \
+        if script is not byol else recipe(script, weight_decay=0.01, seed=3, **options)
+    expected, trained, ema = reference(script, *copy.deepcopy(nets), loader, args=args)
+    log = script.pretrain(*nets, loader, args, tmp_path)
+    for row, row_expected in zip(log, expected, strict=True):
+        assert row["loss"] == pytest.approx(row_expected["loss"], rel=1e-5)
+        assert row["lr"] == pytest.approx(row_expected["lr"])
+    exact = {"rtol": 1e-4, "atol": 1e-4}
+    for net, net_expected in zip(nets, [*trained[0], *trained[1:]], strict=True):
+        torch.testing.assert_close(net.state_dict(), net_expected.state_dict(), **exact)
+    if script in (moco, byol):
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        found = state["ema" if "ema" in state else "target"]
+        torch.testing.assert_close(found, ema.state_dict(), **exact)
+
+
+def test_learning_rate_at_its_corners():
+    args = npair.Args(lr=1.0, epochs=100, warmup_epochs=10)
+    rates = [npair.learning_rate(step, 1, args) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1 and rates[55] == pytest.approx(0.5)
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[99] < 0.001
+    args = npair.Args(lr=0.5, epochs=500, warmup_epochs=5, schedule="step")
+    rates = [npair.learning_rate(step, 3, args) for step in range(1500)]
+    assert rates[:2] == [0.5 / 15, 1.0 / 15] and set(rates[14:900]) == {0.5}
+    assert set(rates[900:1200]) == {0.5 * 0.1} and set(rates[1200:]) == {0.5 * 0.1**2}
+    for epochs, warmup in ((500, 5), (20, 5), (19, 4), (3, 0)):  # at most a quarter
+        args = npair.Args(lr=1.0, epochs=epochs, warmup_epochs=5)
+        rates = [npair.learning_rate(step, 1, args) for step in range(epochs)]
+        assert rates.index(1.0) == max(warmup - 1, 0)
+
+
+@every_script
 def test_evaluating_on_the_way_changes_nothing(script):
     seen = []
-    args = script.Args(epochs=5, lr=1.6, eval_every=2)
-    without = script.pretrain(*setup(script), args)
-    log = script.pretrain(*setup(script), args, evaluate=lambda: seen.append(torch.rand(1000)))
-    assert losses(without) == losses(log) and len(seen) == 2
+    without = script.pretrain(*setup(script), recipe(script))
+    log = script.pretrain(*setup(script), recipe(script, eval_every=2),
+                          evaluate=lambda: seen.append(torch.rand(1000)) or 0.5)
+    assert losses(without) == losses(log) and seen
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@every_script
 def test_networks_are_trained_in_training_mode(script):
     """Also those that come in eval mode, as after an evaluation of one's own."""
     logs = []
     for mode in (True, False):
         *nets, loader = setup(script)
         nets = [net.train(mode) for net in nets]
-        logs.append(script.pretrain(*nets, loader, script.Args(epochs=2)))
-    assert losses(logs[0]) == losses(logs[1])
+        logs.append(losses(script.pretrain(*nets, loader, recipe(script))))
+    assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_seeds_and_epochs_have_their_own_random_numbers(script):
-    class Constant:
-        """The same batch again and again: only the mixing sets the epochs apart."""
-
-        def __init__(self, loader):
-            self.batch = next(iter(loader))
-
-        def __len__(self):
-            return 1
-
-        def __iter__(self):
-            yield self.batch
-
+@every_script
+def test_seeds_and_epochs_have_their_own_random_numbers(script, monkeypatch):
+    """The same batch again and again: only the mixing sets the epochs apart."""
     seen, inner = [], script.mixup
+    monkeypatch.setattr(script, "mixup", lambda *args: seen.append(inner(*args)) or seen[-1])
+    *_, loader = setup(script)
+    batch = [next(iter(loader))]
     for seed in (0, 1):
-        *nets, loader = setup(script)
-        script.mixup = lambda x, alpha: seen.append(inner(x, alpha)) or seen[-1]
-        try:
-            script.pretrain(*nets, Constant(loader), script.Args(epochs=3, seed=seed))
-        finally:
-            script.mixup = inner
+        *nets, _ = setup(script)
+        script.pretrain(*nets, batch, recipe(script, epochs=3, seed=seed))
     lams = torch.stack([lam for _, _, lam in seen])
     assert len(lams) == 6 and len(lams.unique(dim=0)) == 6
 
 
-@pytest.mark.parametrize("script, options", CASES)
-def test_no_value_is_read_inside_an_epoch(monkeypatch, script, options):
-    """What reads a tensor's value waits for the device: the loss and the check, once an epoch."""
-    reads = []
-    names = "__bool__ __float__ __index__ __int__ cpu item nonzero numpy tolist".split()
-    for name in names:
-        def read(self, *args, name=name, inner=getattr(torch.Tensor, name), **kwargs):
-            reads.append(name)
-            return inner(self, *args, **kwargs)
-        monkeypatch.setattr(torch.Tensor, name, read)
-    script.pretrain(*setup(script), script.Args(epochs=3, **options))
-    assert reads == ["item", "__bool__"] * 3
+@every_script
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_autocast_reaches_the_networks_and_learns(script, monkeypatch, tmp_path, amp):
+    """And goes on from a checkpoint that was made without it."""
+    name = {npair: "n_pair_loss", simclr: "n_pair_loss", moco: "moco_loss", byol: "byol_loss"}
+    inner, seen = getattr(script, name[script]), set()
+
+    def loss(f, f_other, *rest):
+        seen.update([f.dtype, f_other.dtype])
+        return inner(f, f_other, *rest)
+
+    script.pretrain(*setup(script), recipe(script, epochs=1), tmp_path)
+    monkeypatch.setattr(script, name[script], loss)
+    log = script.pretrain(*setup(script), recipe(script, epochs=20, amp=amp), tmp_path)
+    assert seen == {{"bf16": torch.bfloat16, "fp16": torch.float16}[amp]}
+    assert len(log) == 20 and log[-1]["loss"] < log[0]["loss"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("script, options", CASES)
-def test_no_synchronisation_inside_an_epoch_on_cuda(script, options):
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True, action="always") as seen:
-            script.pretrain(*setup(script, "cuda"), script.Args(epochs=3, amp="bf16", **options))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in seen if "synchronizing" in str(w.message)]) <= 2 * 3  # none of 8 steps
+@every_script
+def test_compiled_networks_train_alike(script, monkeypatch):
+    compiled = []
+    quick = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or quick(net))
+    logs = [losses(script.pretrain(*setup(script, torch.float64), recipe(script, compile=compile)))
+            for compile in (False, True)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+    assert len(compiled) == (1 if script in (npair, simclr) else 2)
+
+
+# ----------------------------------------------------------------------- MoCo's groups
+class Recorder(nn.Module):
+    """A linear encoder that notes which rows come at once; a row's first value is its number."""
+
+    def __init__(self, log):
+        super().__init__()
+        self.linear, self.log = nn.Linear(2, 8), log
+
+    def forward(self, x):
+        self.log.append((torch.is_grad_enabled(), x[:, 0].long().tolist()))
+        return self.linear(x)
+
+    def __deepcopy__(self, memo):
+        twin = Recorder(self.log)
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+def grouped(monkeypatch, groups, steps=4):
+    """The groups of queries and of keys of each step of MoCo; keys come back to their place."""
+    log, inner = [], moco.moco_own_loss
+    numbered = torch.stack([torch.arange(8.0), torch.ones(8)], dim=1)
+
+    def loss(f, f_ema, *rest):
+        torch.testing.assert_close(f, f_ema)  # m = 1 and rate 0: theta_EMA is theta
+        return inner(f, f_ema, *rest)
+
+    monkeypatch.setattr(moco, "moco_own_loss", loss)
+    args = recipe(moco, alpha=0.0, bn_groups=groups, epochs=1, ema=1.0, lr=0.0)
+    moco.pretrain(Recorder(log), nn.Linear(8, 8), [(numbered, numbered)] * steps, args)
+    calls = [[rows for with_gradient, rows in log if with_gradient == kind]
+             for kind in (True, False)]
+    return [[set(map(tuple, map(sorted, part[i : i + groups])))
+             for i in range(0, len(part), groups)] for part in calls]
+
+
+def test_mocos_keys_pass_in_other_groups_than_its_queries(monkeypatch):
+    """Random parts of the batch, drawn anew each step; BatchNorm's statistics tell nothing."""
+    queries, keys = grouped(monkeypatch, 2, steps=20)
+    assert len(queries) == len(keys) == 20
+    assert all(groups == {(0, 1, 2, 3), (4, 5, 6, 7)} for groups in queries)
+    for groups in keys:
+        assert sorted(sum(groups, ())) == list(range(8)) and {len(g) for g in groups} == {4}
+    assert len({frozenset(groups) for groups in keys}) > 10  # of 35
+
+
+def test_one_group_of_moco_is_the_whole_batch_and_draws_nothing_more(monkeypatch):
+    queries, keys = grouped(monkeypatch, 1)
+    assert queries == keys == [{tuple(range(8))}] * 4
+    drawn = []
+    with monkeypatch.context() as patch:
+        inner = torch.randperm
+        patch.setattr(torch, "randperm", lambda *args, **kw: drawn.append(1) or inner(*args, **kw))
+        for groups in (1, 2):
+            x = torch.randn(8, 6)
+            *nets, _ = setup(moco)
+            moco.pretrain(*nets, [(x, x)], recipe(moco, alpha=0.0, bn_groups=groups, epochs=1))
+            assert len(drawn) == groups - 1
+
+
+# ----------------------------------------------------------------------- resuming
+@every_script
+@pytest.mark.parametrize("options", [{}, {"amp": "fp16"}], ids=str)
+def test_going_on_from_a_checkpoint_is_bit_exact(tmp_path, script, options):
+    """Whatever the state of the random numbers is, and whatever the weights were, at the start."""
+    args = recipe(script, epochs=6, eval_every=3, **options)
+    outs = [tmp_path / name for name in ("whole", "parts")]
+    for out in outs:
+        out.mkdir()
+    whole, again = setup(script), setup(script, seed=1)
+    log = script.pretrain(*whole, args, outs[0], lambda: 0.5)
+    with pytest.raises(Stop):
+        script.pretrain(*setup(script), args, outs[1], stop)
+    saved = torch.load(outs[1] / "checkpoint.pt", weights_only=True)
+    assert 0 < len(saved["log"]) < 6
+    torch.rand(3)
+    log_again = script.pretrain(*again[:-1], whole[-1], args, outs[1], lambda: 0.5)
+    assert losses(log) == losses(log_again)
+    assert without_rate(outs[0]) == without_rate(outs[1])
+    states = [torch.load(out / "checkpoint.pt", weights_only=True) for out in outs]
+    for state in states:
+        state.pop("log")
+    assert_same(*states)
+    assert_same(*(torch.load(out / "encoder.pt", weights_only=True) for out in outs))
+
+
+def assert_same(a, b):
+    """Two trees of tensors, bit for bit."""
+    leaves = [torch.utils._pytree.tree_flatten(tree) for tree in (a, b)]
+    assert leaves[0][1] == leaves[1][1]
+    for one, other in zip(leaves[0][0], leaves[1][0], strict=True):
+        assert torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+@every_script
+def test_a_finished_run_is_not_trained_further(tmp_path, script):
+    script.pretrain(*setup(script), recipe(script), tmp_path)
+    rows = without_rate(tmp_path)
+    *nets, loader = setup(script, seed=1)
+    log = script.pretrain(*nets, loader, recipe(script), tmp_path)
+    assert len(log) == 4 and without_rate(tmp_path) == rows
+    encoder = torch.load(tmp_path / "encoder.pt", weights_only=True)
+    assert_same(dict(nets[0].state_dict()), dict(encoder))
+
+
+def momentum(state):
+    return next(iter(state["optimizer"]["state"].values()))
+
+
+DAMAGES = {
+    "empty": lambda raw, path: path.write_bytes(b""),
+    "text": lambda raw, path: path.write_bytes(b"hello"),
+    "cut": lambda raw, path: path.write_bytes(raw[: len(raw) // 2]),
+    "code": lambda raw, path: torch.save({"model": Path}, path),
+    "a list": lambda raw, path: torch.save([1, 2], path),
+    "no key": lambda raw, path: change(path, lambda state: state.pop("optimizer")),
+    "other weights": lambda raw, path: change(path, lambda state: widen(state, "0.")),
+    "another momentum": lambda raw, path: change(path, lambda state: momentum(state).update(
+        momentum_buffer=torch.zeros(3, 3)))}
+
+
+def change(path, change):
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+def widen(state, part):
+    weights = state["model" if "model" in state else "online"]
+    name = next(name for name in weights if name.startswith(part))
+    weights[name] = torch.zeros(3, 3)
+
+
+@pytest.mark.parametrize("script, damage", [
+    *((npair, damage) for damage in DAMAGES), *((script, damage) for script in SCRIPTS[1:]
+                                                for damage in ("cut", "another momentum"))],
+    ids=lambda value: getattr(value, "__name__", value))
+def test_what_is_no_checkpoint_of_these_networks_is_refused(tmp_path, script, damage):
+    path = tmp_path / "checkpoint.pt"
+    script.pretrain(*setup(script), recipe(script, epochs=2), tmp_path)
+    DAMAGES[damage](path.read_bytes(), path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def go_on():
+        with pytest.raises((OSError, ValueError), match="checkpoint.pt") as error:
+            script.pretrain(*setup(script), recipe(script), tmp_path)
+        assert str(error.value).count("\n") == 0
+
+    child = Child(go_on).wait()  # a fork, as a fused step past a tensor's end would end this process
+    assert child.rc == 0, child.err
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    """Not even such as a pickle could run before its end is found to be damaged."""
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "done").touch, ()
+
+    for script in SCRIPTS:
+        torch.save({"model": Evil()}, tmp_path / "checkpoint.pt")
+        with pytest.raises((OSError, ValueError)):
+            script.pretrain(*setup(script), recipe(script), tmp_path)
+        assert not (tmp_path / "done").exists()
+
+
+# ----------------------------------------------------------------------- the log
+@every_script
+def test_std_tells_how_far_embeddings_are_spread(script):
+    """Of normalised embeddings of the last batch: the mean over dimensions, times sqrt(D)."""
+    for spread, low, high in ((1.0, 0.9, 1.05), (0.01, 0.0, 0.05)):
+        torch.manual_seed(1)
+        batches = [torch.ones(64, 32) + (spread < 1 or -1) + spread * torch.randn(64, 32)
+                   for _ in range(3)]
+        nets = [nn.Linear(32, 32, bias=False), nn.Linear(32, 16, bias=False), nn.Identity()]
+        args = recipe(script, alpha=0.0, lr=0.0, epochs=1, dim=16)
+        log = script.pretrain(*nets[: 3 if script is byol else 2], [(x, x) for x in batches], args)
+        f = F.normalize(nets[1](nets[0](batches[-1])), dim=1)
+        expected = sum(f[:, d].std() for d in range(16)) / 16 * 16**0.5
+        assert log[0]["std"] == pytest.approx(expected.item(), rel=0.01)
+        assert low <= log[0]["std"] <= high
+
+
+@every_script
+def test_log_csv_has_a_row_an_epoch(tmp_path, script):
+    log = script.pretrain(*setup(script), recipe(script, eval_every=2, epochs=5), tmp_path,
+                          lambda: 0.625)
+    header, *rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert header == "epoch,loss,lr,std,test_accuracy,examples_per_s"
+    rows = [dict(zip(header.split(","), row.split(","), strict=True)) for row in rows]
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5]
+    assert [float(row["loss"]) for row in rows] == losses(log)
+    assert [row["test_accuracy"] for row in rows] == ["", "0.625", "", "0.625", ""]
+
+
+@every_script
+def test_encoder_pt_comes_with_every_checkpoint(tmp_path, script):
+    """A plain state_dict, also of a run that was stopped."""
+    *nets, loader = setup(script)
+    with pytest.raises(Stop):
+        script.pretrain(*nets, loader, recipe(script, eval_every=2), tmp_path, stop)
+    weights = torch.load(tmp_path / "encoder.pt", weights_only=True)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    nets[0].load_state_dict(weights)
+    flat = {id(t): t for t in torch.utils._pytree.tree_leaves(state) if torch.is_tensor(t)}
+    for tensor in weights.values():
+        assert any(tensor.shape == t.shape and torch.equal(tensor, t) for t in flat.values())
+
+
+# ----------------------------------------------------------------------- loaders
+@every_script
+def test_a_smaller_last_batch_counts_by_its_size(script):
+    """Its learning rate is per example; the loss is the mean over the steps."""
+    log = script.pretrain(*setup(script, sizes=(16, 16, 6)), recipe(script, warmup_epochs=0))
+    full = script.pretrain(*setup(script, sizes=(16, 16, 16)), recipe(script, warmup_epochs=0))
+    for row, row_full in zip(log, full):
+        assert row["lr"] == pytest.approx(row_full["lr"] * 6 / 16)
+        assert math.isfinite(row["loss"]) and math.isfinite(row["std"])
+
+
+@every_script
+@pytest.mark.parametrize("what", ["pairs and labels", "empty", "one example", "no classes"])
+def test_a_loader_of_another_form_is_told_so(script, what):
+    *nets, loader = setup(script)
+    x, x_tilde = next(iter(loader))
+    batches = {"pairs and labels": [((x, x_tilde), torch.zeros(16))], "empty": [],
+               "one example": [(x[:1], x_tilde[:1])], "no classes": [(x, x_tilde)]}[what]
+    options = {}
+    if what == "no classes":
+        if script not in (npair, simclr):
+            return
+        options = {"supervised": True}
+    with pytest.raises(ValueError) as error:
+        script.pretrain(*nets, batches, recipe(script, **options))
+    assert str(error.value).count("\n") == 0 and "x_tilde" in str(error.value)
+
+
+@pytest.mark.parametrize("script", [npair, simclr])
+def test_classes_reach_the_loss_alone_where_they_are_asked_for(script, monkeypatch):
+    """A loader may yield classes all the same."""
+    seen, inner = [], script.n_pair_loss
+
+    def loss(f, f_tilde, temperature, perm, lam, y):
+        seen.append(y)
+        return inner(f, f_tilde, temperature, perm, lam, y)
+
+    monkeypatch.setattr(script, "n_pair_loss", loss)
+    for supervised in (False, True):
+        script.pretrain(*setup(script, y=torch.arange(64) % 5, sizes=(16,)),
+                        recipe(script, epochs=1, supervised=supervised))
+    assert seen[0] is None and len(seen[1]) == 16
 
 
 # ----------------------------------------------------------------------- what is not finite
-@pytest.mark.parametrize("script", SCRIPTS)
+@every_script
 def test_a_broken_last_step_is_noticed_before_it_is_saved(monkeypatch, tmp_path, script):
     """A last step of an epoch that breaks the weights leaves that epoch's loss finite."""
     inner = script.learning_rate
     monkeypatch.setattr(script, "learning_rate",
-                        lambda step, *rest: 1e45 if step == 15 else inner(step, *rest))
+                        lambda step, *rest: 1e45 if step == 5 else inner(step, *rest))
     with pytest.raises(FloatingPointError, match="epoch 2"):
-        script.pretrain(*setup(script), script.Args(epochs=3), tmp_path)
-    assert_finite_checkpoint(tmp_path, 1)
+        script.pretrain(*setup(script), recipe(script), tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert len(state["log"]) == 1
+    tensors = [t for t in torch.utils._pytree.tree_leaves(state) if torch.is_tensor(t)]
+    assert all(tensor.isfinite().all() for tensor in tensors)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@every_script
 def test_broken_batchnorm_statistics_are_noticed(tmp_path, script):
     """A batch can break the running variance, which is of no use until the evaluation."""
     *nets, loader = setup(script)
-
-    class Last:
-        """The view x~ of epoch 2's last batch is so large that its variance is infinite."""
-        epoch = 0
-
-        def __len__(self):
-            return 8
-
-        def __iter__(self):
-            self.epoch += 1
-            for i, (x, x_tilde) in enumerate(loader):
-                scale = 1e25 if (self.epoch, i) == (2, 7) else 1
-                yield x, x_tilde * scale
-
-    with pytest.raises(FloatingPointError, match="epoch 2"):
-        script.pretrain(*nets, Last(), script.Args(epochs=3, lr=1e-9), tmp_path)
-    assert_finite_checkpoint(tmp_path, 1)
+    x = loader.x[:16]
+    batches = [(x, x), (x, x * 1e25)]
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        script.pretrain(*nets, batches, recipe(script, lr=1e-9), tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def assert_finite_checkpoint(folder, epochs):
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert len(state["log"]) == epochs
-    for name in {"model", "online", "predictor", "target", "ema"} & state.keys():
-        assert all(tensor.isfinite().all() for tensor in state[name].values()), name
+# ----------------------------------------------------------------------- learning
+def digits_of(kind):
+    dataset = common.load_table if kind == "table" else common.load_images
+    return dataset("digits", "data", torch.device("cpu"))
 
 
-# ----------------------------------------------------------------------- files
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_checkpoints_take_a_hundredth_of_the_time(monkeypatch, tmp_path, script):
-    """Epochs of 30 s and a checkpoint of 1 s: after epoch 1, 100 s after that, and at the end."""
-    now, saved = [1000.0], []
-
-    class Loader:
-        def __init__(self, loader):
-            self.batch = next(iter(loader))
-
-        def __len__(self):
-            return 1
-
-        def __iter__(self):
-            now[0] += 30
-            yield self.batch
-
-    def save_checkpoint(out, parts, log, **rest):
-        saved.append(len(log))
-        now[0] += 1
-
-    monkeypatch.setattr(script, "save_checkpoint", save_checkpoint)
-    monkeypatch.setattr(script, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    *nets, loader = setup(script)
-    script.pretrain(*nets, Loader(loader), script.Args(epochs=10), tmp_path)
-    assert saved == [1, 5, 9, 10]
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["table", "images"])
+def test_dare_stays_finite_and_its_loss_falls(kind, alpha):
+    data = digits_of(kind)
+    if kind == "table":
+        encoder, size = npair.MLP5Layer(data.groups, 2), 64
+    else:
+        encoder, size = nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+                                      nn.Flatten(), nn.Linear(576, 64)), 64
+    args = simclr.Args(loss="dare", alpha=alpha, epochs=4, dim=32, batch_size=128)
+    loader = common.TwoViews(data.x_train, data.view, 128)
+    log = losses(simclr.pretrain(encoder, simclr.projection_head(size, 64), loader, args))
+    assert all(map(math.isfinite, log)) and log[-1] < log[1] < log[0]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_checkpoint_comes_whole_or_not_at_all(monkeypatch, tmp_path, script):
-    args = script.Args(epochs=2)
-    script.pretrain(*setup(script), args, tmp_path)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-
-    def full(path, content):
-        with open(path, "wb") as file:
-            file.write(b"half of it")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError):
-        script.pretrain(*setup(script), dataclasses.replace(args, epochs=3), tmp_path)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert not list(tmp_path.glob("*.tmp"))
+@pytest.mark.parametrize("m, alpha, predictor", [(0.99, 2.0, True), (0.0, 0.0, True),
+                                                 (0.0, 0.0, False)])
+def test_byol_and_simsiam_do_not_collapse_but_without_the_predictor(m, alpha, predictor):
+    """Without a BatchNorm at the end, which would keep them from it."""
+    data = digits_of("table")
+    nets = [byol.MLP5Layer(data.groups, 2), byol.projection_head(64, 32)[:-1],
+            byol.prediction_head(32, 64)[:-1] if predictor else nn.Identity()]
+    args = byol.Args(epochs=12, lr=0.2, warmup_epochs=0, symmetric=True, ema=m, alpha=alpha)
+    log = byol.pretrain(*nets, common.TwoViews(data.x_train, data.view, 128), args)
+    assert log[-1]["loss"] < 0.6 * log[0]["loss"]
+    assert log[-1]["std"] > 0.5 if predictor else log[-1]["std"] < 0.2
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_stop_ends_with_the_last_epoch_saved(monkeypatch, tmp_path, script):
-    """At once where that is saved already, as before the first; else after the epoch it is in."""
-    (tmp_path / "a").mkdir()
-    asked = iter([False, True])
-    log = script.pretrain(*setup(script), script.Args(epochs=3), tmp_path / "a", None,
-                          lambda: next(asked))
-    assert log == [] and not list((tmp_path / "a").iterdir())
+# ----------------------------------------------------------------------- each file on its own
+@every_script
+def test_a_script_copied_alone_trains_on_ones_own_tensors(tmp_path, script):
+    """Into an empty folder; common.py is not there, and for tables nor are the libraries."""
+    copied = tmp_path / "mine.py"
+    copied.write_text(Path(script.__file__).read_text())
 
-    monkeypatch.setattr(script.time, "monotonic", iter(range(0, 10**9, 10**6)).__next__)
-    begun = []  # saving seems to take long, so that epoch 2 is not saved before
-    log = script.pretrain(*setup(script), script.Args(epochs=9, eval_every=2), tmp_path,
-                          lambda: begun.append(1), lambda: bool(begun))
-    assert len(log) == 2
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert len(saved["log"]) == 2
+    def train():
+        sys.path[:] = [path for path in sys.path if not path.startswith(str(ROOT))]
+        sys.modules.update({"common": None, "pandas": None, "sklearn": None})
+        if script is npair:
+            sys.modules.update({"torchvision": None, "torchaudio": None})
+        spec = importlib.util.spec_from_file_location("mine", copied)
+        mine = importlib.util.module_from_spec(spec)
+        sys.modules["mine"] = mine  # where dataclass looks
+        spec.loader.exec_module(mine)
+        if script is simclr:
+            encoder, size, x = mine.resnet("resnet18", 3, 8), 512, torch.randn(32, 3, 8, 8)
+        else:
+            encoder, size, x = mine.MLP5Layer([4, 2], 2), 64, torch.randn(64, 6)
+        nets = [encoder, mine.projection_head(size, 32)]
+        if script is byol:
+            nets.append(mine.prediction_head(32, size))
+        loader = [(batch, batch + 0.1) for batch in x.split(16)]
+        log = mine.pretrain(*nets, loader, mine.Args(alpha=1.0, epochs=2, dim=32))
+        assert len(log) == 2 and encoder(x).shape == (len(x), size)
 
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_what_is_no_checkpoint_of_this_script_is_refused(tmp_path, script):
-    path = tmp_path / "checkpoint.pt"
-    other = byol_imix if script is moco_imix else moco_imix
-    other.pretrain(*setup(other), other.Args(epochs=1), tmp_path)
-    whole = path.read_bytes()
-    for content in (b"", b"PK\x03\x04 and no more", whole[: len(whole) // 2], whole):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="checkpoint.pt can't be read"):
-            script.pretrain(*setup(script), script.Args(epochs=1), tmp_path)
-        assert path.read_bytes() == content
-
-
-# ----------------------------------------------------------------------- Args
-BAD_ARGS = {"alpha": [-1, math.nan, math.inf], "epochs": [0], "batch_size": [1],
-            "lr": [0, math.nan], "weight_decay": [-1e-4], "warmup_epochs": [-1], "dim": [0],
-            "seed": [-1], "amp": ["bf-16"], "schedule": ["Step"]}
+    child = Child(train, cwd=tmp_path).wait()
+    assert child.rc == 0, child.err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_args_out_of_bounds_are_refused(script):
-    for name, values in BAD_ARGS.items():
-        for value in values:
-            with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} {value}"):
-                script.Args(**{name: value})
+def test_one_name_one_code():
+    """What several scripts define under one name is the same in each, but for their own parts."""
+    seen = {}
+    for script in SCRIPTS:
+        for node in ast.parse(Path(script.__file__).read_text()).body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                continue
+            if node.name not in ("main", "make_encoder", "pretrain", "Args"):
+                first = seen.setdefault(node.name, (script.__name__, ast.unparse(node)))
+                assert first[1] == ast.unparse(node), f"{node.name}: {first[0]}, {script.__name__}"
+    assert {"mixup", "gather", "save", "learning_rate", "parse_args"} <= seen.keys()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_a_field_and_is_explained(script):
-    for field in dataclasses.fields(script.Args):
-        assert field.metadata["help"], field.name
-    json.dumps(dataclasses.asdict(script.Args()))  # as config.json holds it
+def test_every_file_carries_its_licence_and_fits_a_page():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+        lines = path.read_text().splitlines()
+        assert lines[0] == "# SPDX-License-Identifier: MIT", path
+        assert max(map(len, lines)) <= 100, path
