@@ -225,18 +225,6 @@ def test_losses_stay_float32_under_autocast(loss, rest):
     assert torch.equal(values[2], loss(f.bfloat16().float(), f_tilde.bfloat16().float(), *rest))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n, k", [(4, 12), (5, 12), (4, 4), (12, 5)])
-def test_the_queue_holds_the_last_keys_and_the_oldest_leave(n, k, dtype):
-    queue = F.normalize(torch.randn(k, 6), dim=1)
-    history = [queue]  # newest first
-    for _ in range(5):
-        keys = (3 * torch.randn(n, 6)).to(dtype)
-        history.insert(0, F.normalize(keys.float(), dim=1))
-        queue = moco.enqueue(queue, keys)
-        torch.testing.assert_close(queue, torch.cat(history)[:k], rtol=0, atol=0)
-
-
 # ----------------------------------------------------------------------- mixing
 @pytest.mark.parametrize("shape", [(64, 7), (64, 3, 8, 8)])
 def test_mixup(shape):

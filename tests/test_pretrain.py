@@ -169,7 +169,7 @@ def reference(script, encoder, head, *rest, args):
     (npair, {}), (npair, {"alpha": 0.0}), (npair, {"supervised": True}), (simclr, {}),
     (simclr, {"mix": "cutmix"}), (simclr, {"alpha": 0.0, "loss": "nt-xent"}),
     (simclr, {"inputmix": True, "alpha": 0.3}), (moco, {}), (moco, {"alpha": 0.0}),
-    (moco, {"alpha": 0.0, "n_plus_k": True}), (moco, {"bn_groups": 2}),
+    (moco, {"alpha": 0.0, "n_plus_k": True}), (moco, {"bn_groups": 2}), (moco, {"queue": 5}),
     (moco, {"inputmix": True, "alpha": 0.3}), (byol, {}), (byol, {"alpha": 0.0}),
     (byol, {"symmetric": True, "ema": 0.0}), (byol, {"inputmix": True, "alpha": 0.3})],
     ids=lambda value: getattr(value, "__name__", None) or "-".join(value))
