@@ -76,8 +76,8 @@ def result_of(out):
 
 
 # ----------------------------------------------------------------------- recipes
-BASE = {"lr": 0.125, "weight_decay": 1e-4, "dim": 128, "seed": 0, "no_augment": False}
-IMAGE = BASE | {"alpha": 1.0, "mix": "mixup", "batch_size": 256, "schedule": "cosine",
+BASE = {"lr": 0.125, "weight_decay": 1e-4, "dim": 128, "seed": 0}
+IMAGE = BASE | {"no_augment": False, "alpha": 1.0, "mix": "mixup", "batch_size": 256, "schedule": "cosine",
                 "warmup_epochs": 10, "temperature": 0.2, "arch": "resnet50", "inputmix": False}
 SPEECH = IMAGE | {"epochs": 500, "schedule": "step", "warmup_epochs": 5, "temperature": 0.5}
 COVTYPE = BASE | {"alpha": 2.0, "batch_size": 512, "epochs": 500, "schedule": "cosine",
@@ -229,8 +229,8 @@ def test_a_run(script, domain, flags, request, tmp_path):
         assert not any("accuracy" in name or "r2" in name for name in result)
     else:
         assert 0 <= result["test_accuracy"] <= 1 and 0 <= result["train_accuracy"] <= 1
-        assert f"{100 * result['test_accuracy']:.1f}" in shown \
-            or f"{result['test_accuracy']:.3f}" in shown
+        formats = (".1%", ".2%", ".3f", ".4f")
+        assert any(format(result["test_accuracy"], form) in shown for form in formats)
     torch.load(out / "encoder.pt", weights_only=True)
 
 
@@ -300,9 +300,6 @@ def test_the_same_data_elsewhere_and_other_data(tmp_path, table):
 @every_script
 def test_a_folder_without_a_checkpoint_is_begun_anew(script, small, tmp_path):
     """As after Ctrl-C in the first epoch: with other flags, and without --resume."""
-    class Interrupt(Exception):
-        pass
-
     def interrupted():
         def mixup(*_):
             raise KeyboardInterrupt
@@ -353,12 +350,12 @@ def assert_same_run(whole, other):
 
 @every_script
 def test_killed_between_two_files_and_resumed(script, small, tmp_path):
-    """At every file of two epochs that is renamed into its place."""
+    """At every file of two epochs that is renamed into its place; but for npair, every third."""
     flags = [*small(script), "--epochs=2", "--eval-every=1", "--queue=300"]
     flags = flags if script is moco else flags[:-1]
     whole = tmp_path / "whole"
     succeed(script, *flags, f"--out={whole}", before=quick)
-    for number in itertools.count(1):
+    for number in itertools.count(1, 1 if script is npair else 3):
         out = tmp_path / str(number)
         child = run(script, *flags, f"--out={out}", before=killed_at(number, script))
         if child.rc == 0:
@@ -391,18 +388,19 @@ def test_killed_at_any_moment_and_resumed(script, flags, small, tmp_path):
     assert_same_run(whole, killed)
 
 
-def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path):
-    child = start(npair, *TABLE, "--epochs=9999", f"--out={tmp_path}").read(until="epoch 3/")
+def test_ctrl_c_ends_it_and_it_goes_on(tmp_path):
+    flags = [*TABLE, "--epochs=60"]
+    child = start(npair, *flags, f"--out={tmp_path / 'run'}", before=quick).read(until="epoch 3/")
     child.kill(signal.SIGINT)
-    child.wait()
-    assert child.rc not in (0, -signal.SIGINT) and child.err.count("\n") == 1
-    assert "--resume" in child.err
+    assert child.wait().rc != 0 and "epoch 60/" not in child.out
+    succeed(npair, *flags, f"--out={tmp_path / 'run'}", "--resume", before=quick)
+    succeed(npair, *flags, f"--out={tmp_path / 'whole'}", before=quick)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 @every_script
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(script, small, tmp_path):
     flags = [*small(script), f"--out={tmp_path}"]
-    before = quick
 
     def fills_up():
         quick()
@@ -419,7 +417,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(script, sma
     refuse(script, *flags, "--epochs=3", before=fills_up)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert len(state["log"]) == 2
-    succeed(script, *flags, "--epochs=3", "--resume", before=before)
+    succeed(script, *flags, "--epochs=3", "--resume", before=quick)
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -445,7 +443,7 @@ BAD_FLAGS = {
     simclr: "--margin=-1 --image-size=0 --train-size=-1 --arch=vgg --mix=inputmix --loss=dino "
     "--temperature=0 --speech-version=3 --loss=nt-xent --loss=supcon --mask=0.1 "
     "--dataset=covtype --dataset=nowhere --dataset=/dev/null",
-    moco: "--queue=-1 --ema=1.5 --ema=nan --mask=2 --head=none --n-plus-k --bn-groups=0",
+    moco: "--queue=-1 --ema=1.5 --ema=nan --mask=2 --head=none --bn-groups=0",
     byol: "--ema=-0.1 --ema=2 --symmetric=3 --temperature=0.1",
 }
 
@@ -464,8 +462,7 @@ def test_bad_flags(script, flag, tmp_path, small):
 
 @pytest.mark.parametrize("script, flags", [
     (simclr, "--loss=nt-xent --supervised --alpha=0"), (simclr, "--loss=barlow-twins --supervised"),
-    (moco, "--mix=cutmix"), (byol, "--mix=cutmix"), (moco, "--n-plus-k --alpha=1"),
-    (moco, "--bn-groups=200"), (npair, "--supervised --label-column=nothing")])
+    (moco, "--mix=cutmix"), (byol, "--mix=cutmix"), (moco, "--bn-groups=200")])
 def test_flags_that_do_not_go_together(script, flags, small, tmp_path):
     refuse(script, *small(script), "--epochs=1", *flags.split(), cwd=tmp_path)
 
@@ -477,8 +474,7 @@ def test_bad_places_for_a_run(tmp_path, out):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("config.json", b""), ("config.json", b"{"), ("config.json", b"[]"), ("config.json", b"\xff"),
-    ("config.json", b"{}"), ("config.json", None), ("checkpoint.pt", b"no checkpoint"),
+    ("config.json", b""), ("config.json", b"{"), ("config.json", b"{}"), ("config.json", None), ("checkpoint.pt", b"no checkpoint"),
     ("checkpoint.pt", b"")])
 def test_a_damaged_run_folder(tmp_path, name, content):
     flags = [*TABLE, "--epochs=1", f"--out={tmp_path}"]
@@ -503,7 +499,7 @@ def test_a_bug_shows_its_traceback(tmp_path):
 # ----------------------------------------------------------------------- interpreters
 def test_a_machine_with_nothing_but_pytorch_shows_the_help(tmp_path):
     """--help and errors in flags import no library; a broken torchvision stops no table."""
-    for name in ("torchvision", "torchaudio", "fcntl"):
+    for name in ("torchvision", "torchaudio"):
         (tmp_path / f"{name}.py").write_text("raise OSError('undefined symbol')")
     (tmp_path / "user.py").write_text(f"""
 import sys
@@ -530,6 +526,7 @@ def test_the_help_tells_every_flag(script):
     shown = succeed(script, "--help").out
     for field in dataclasses.fields(script.Args):
         assert f"--{field.name.replace('_', '-')}" in shown and field.metadata["help"]
+    assert "fcntl" not in Path(script.__file__).read_text()  # which Windows has not
 
 
 def test_a_command_that_goes_wrong_ends_the_interpreter_with_2(tmp_path):
