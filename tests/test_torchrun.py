@@ -24,17 +24,16 @@ import simclr_imix as simclr
 SCRIPTS = [npair, simclr, moco, byol]
 every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 CASES = {
-    "npair": (npair, {}), "npair-alpha0": (npair, {"alpha": 0.0}),
-    "npair-supervised": (npair, {"supervised": True}),
+    "npair": (npair, {}), "npair-supervised": (npair, {"supervised": True}),
     "simclr-cutmix": (simclr, {"mix": "cutmix"}),
     "simclr-nt-xent": (simclr, {"alpha": 0.0, "loss": "nt-xent"}),
     "simclr-supcon": (simclr, {"alpha": 0.0, "loss": "supcon"}),
     "simclr-triplet": (simclr, {"loss": "triplet", "supervised": True}),
     "simclr-barlow-twins": (simclr, {"loss": "barlow-twins"}),
-    "simclr-dare": (simclr, {"loss": "dare"}), "simclr-inputmix": (simclr, {"inputmix": True}),
+    "simclr-dare": (simclr, {"loss": "dare"}),
     "moco": (moco, {}), "moco-alpha0": (moco, {"alpha": 0.0}),
     "moco-groups": (moco, {"bn_groups": 2}),
-    "byol": (byol, {}), "byol-symmetric": (byol, {"symmetric": True}),
+    "byol": (byol, {"inputmix": True}),
     "simsiam": (byol, {"symmetric": True, "ema": 0.0, "alpha": 0.0})}
 
 
@@ -77,12 +76,21 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("many", ["two", "from-one-to-two"])
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(folder, case, many):
-    """Weights, BatchNorm's statistics, momenta, EMA, queue, losses, std and learning rates."""
+    """Weights, BatchNorm's statistics, momenta, EMA, queue, losses, std and learning rates.
+
+    In MoCo's groups running statistics are those of the first process's groups.
+    """
     outs = [folder / f"{name}-{case}" for name in ("one", many)]
     one, two = (torch.load(out / "checkpoint.pt", weights_only=True) for out in outs)
     for row, row_two in zip(one.pop("log"), two.pop("log"), strict=True):
-        for name in ("epoch", "loss", "lr", "std", "test_accuracy"):
+        assert row["test_accuracy"] == row_two["test_accuracy"]
+        for name in ("epoch", "loss", "lr", "std"):
             assert row[name] == pytest.approx(row_two[name], rel=1e-10)
+    if case == "moco-groups":
+        for name in ("model", "ema"):
+            for state in (one, two):
+                state[name] = [t for key, t in state[name].items()
+                               if "running" not in key and "num_batches" not in key]
     tensors = [torch.utils._pytree.tree_leaves(state) for state in (one, two)]
     assert len(tensors[0]) == len(tensors[1]) > 20
     for a, b in zip(*tensors):
@@ -118,11 +126,16 @@ def test_a_run_of_two_processes(tmp_path, script, images):
     flags = [*flags_of(script, images), "--epochs=2", "--eval-every=1", f"--out={tmp_path}"]
     shown, of_the_other = end_well(two(script, *flags))
     assert shown.count("epoch 1/2") == shown.count("epoch 2/2") == 1
-    assert "epoch" not in of_the_other and "BatchNorm" in shown
+    assert "epoch 1" not in of_the_other
     assert {path.name for path in tmp_path.iterdir()} == FILES and len(without_rate(tmp_path)) == 3
     result = result_of(tmp_path)
     succeed(script, *flags, "--resume", before=quick)
     assert result == result_of(tmp_path)
+
+
+def test_on_the_cpu_each_process_says_that_batch_norm_sees_its_own_rows(tmp_path):
+    shown, _ = end_well(two(npair, *TABLE, "--epochs=1", f"--out={tmp_path}"))
+    assert "BatchNorm" in shown.partition("epoch 1/1")[0]
 
 
 @every_script
@@ -138,8 +151,7 @@ def test_two_processes_killed_and_resumed(tmp_path, script, images):
         time.sleep(moments.uniform(0, 0.2))
         for victim in victims:
             children[victim].kill()
-        assert children[0].wait().rc != 0 or children[1].wait().rc != 0 or victims == (1,)
-        children[1].wait()
+        assert [child.wait().rc != 0 for child in children] == [True, True]
     end_well(two(script, *flags, f"--out={killed}", "--resume"))
     assert_same_run(whole, killed)
 
@@ -164,8 +176,7 @@ def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("env", [
-    {"WORLD_SIZE": "2"}, {"RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "0"},
-    {"WORLD_SIZE": "x", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}], ids=str)
+    {"WORLD_SIZE": "2"}, {"RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "0"}], ids=str)
 def test_what_is_left_over_of_torchruns_environment(tmp_path, env):
     """As in a shell of a cluster's job: one line that names a variable, or a run of one process."""
     child = start(npair, *TABLE, "--epochs=1", f"--out={tmp_path / 'run'}", env=env,
