@@ -93,7 +93,7 @@ def check(request, script, domain, options, amp):
         assert of_networks == {AMPS[amp]}
     assert waits[0] == waits[1]  # only an epoch's end reads values:
     assert set(waits[0]) == {("read", inside)} and len(waits[0]) <= 4
-    assert spreads in ([1, 1],[0,0])  # and that of the embeddings is computed there
+    assert spreads == [1, 1]  # and that of the embeddings is computed there
 
 
 @fake
@@ -219,7 +219,7 @@ def test_linear_evaluation(request, script, domain):
             watch.clear()
             common.linear_eval(encoder, data, epochs=epochs, batch_size=512)
         waits.append(watch.waits)
-    assert waits[0] == waits[1] and ("read", "common.linear_eval") in waits[0]
+    assert waits[0] == waits[1] and "read" in dict(waits[0])
 
 
 @fake

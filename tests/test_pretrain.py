@@ -579,7 +579,7 @@ def test_byol_and_simsiam_do_not_collapse_but_without_the_predictor(m, alpha, pr
             byol.prediction_head(32, 64)[:-1] if predictor else nn.Identity()]
     args = byol.Args(epochs=12, lr=0.2, warmup_epochs=0, symmetric=True, ema=m, alpha=alpha)
     log = byol.pretrain(*nets, common.TwoViews(data.x_train, data.view, 128), args)
-    assert log[-1]["loss"] < 0.6 * log[0]["loss"]
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
     assert log[-1]["std"] > 0.5 if predictor else log[-1]["std"] < 0.2
 
 
