@@ -151,7 +151,7 @@ def test_going_on_from_a_checkpoint(monkeypatch, tmp_path, request, script, doma
 
 
 @fake
-@pytest.mark.parametrize("script, domain, options", [*SHORT, (moco_imix, "table", {})])
+@pytest.mark.parametrize("script, domain, options", [*SHORT, (moco_imix, "table", {"bn_groups": 1})])
 def test_batch_norm_is_that_of_all_processes(monkeypatch, request, script, domain, options):
     """SyncBatchNorm; but in MoCo's two groups, of two processes each has its own."""
     groups = getattr(script.Args(), "bn_groups", 1) == 2 and options.get("bn_groups") != 1
