@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import runpy
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -195,13 +196,13 @@ class Times100(nn.Module):
 
 
 def test_the_scale_of_features_does_not_count(run, digits):
-    for encoder in (encoder_of(run, digits), untrained_encoder(digits)):
-        one, other = (accuracy(common.sklearn_eval(e, digits)) for e in (encoder, Times100(encoder)))
-        assert other == pytest.approx(one, abs=0.02)
+    encoder = encoder_of(run, digits)
+    one, other = (accuracy(common.sklearn_eval(e, digits, 0.5)) for e in (encoder, Times100(encoder)))
+    assert other == pytest.approx(one, abs=0.02)
 
 
 def test_an_encoder_that_learned_nothing_reads_as_the_untrained_one(tmp_path):
-    out = train(tmp_path / "run", "--epochs", 30, "--lr", 1e-12)
+    out = train(tmp_path / "run", "--epochs", 6, "--lr", 1e-12)
     common.main([str(out)])
     result = json.loads((out / "result-comparison.json").read_text())
     trained, untrained, raw = map(accuracy, result.values())
@@ -221,7 +222,7 @@ def blobs(n, seed=0):
 def test_noisy_blobs_are_read_as_well_as_by_logistic_regression_cv():
     from sklearn.linear_model import LogisticRegressionCV
 
-    for n in (100, 3000):
+    for n in (300, 3000):
         data = dataset(*blobs(n), *blobs(4000, seed=1))
         peer = LogisticRegressionCV(Cs=10, cv=5, scoring="accuracy", use_legacy_attributes=False,
                                     l1_ratios=(0,))
@@ -237,29 +238,22 @@ def test_20_000_of_more_training_examples_serve():
 
 
 def test_ridge_regression_chooses_its_penalty():
-    """No penalty is within 0.05 of the best on both data sets: noisy ones, and nearly equal columns.
-    """
+    """Of noise, and of columns that are nearly equal, no penalty alone reads both well."""
     from sklearn.linear_model import Ridge
 
-    rng, datas = np.random.default_rng(0), []
-    for n, noise, spread in ((60, 6.0, 1.0), (300, 0.003, 0.01)):
+    rng, datas, table = np.random.default_rng(0), [], []
+    for n, noise, spread in ((100, 3.0, 1.0), (300, 0.003, 0.01)):
         x = rng.normal(size=(n + 2000, 1)) * (spread < 1) + spread * rng.normal(size=(n + 2000, 50))
-        y = (x - x.mean(1, keepdims=True)) @ rng.normal(size=50) / spread
-        y = torch.tensor(y + noise * rng.normal(size=len(y)))
-        x = torch.tensor(x, dtype=torch.float32)
+        y = (x - x.mean(1, keepdims=True)) @ rng.normal(size=50)
+        y = torch.tensor(y / y.std() + noise * rng.normal(size=len(y)))
+        x = torch.tensor((x - x[:n].mean(0)) / x[:n].std(0)).float()
         datas.append(dataset(x[:n], y[:n], x[n:], y[n:]))
-    table = []
-    for penalty in np.logspace(-3, 5, 9):
-        scores = []
-        for data in datas:
-            mean, std = data.x_train.mean(0), data.x_train.std(0)
-            ridge = Ridge(penalty).fit((data.x_train - mean) / std, data.y_train)
-            scores.append(ridge.score((data.x_test - mean) / std, data.y_test))
-        table.append(scores)
-    best = np.max(table, axis=0)
-    assert not (np.array(table) > best - 0.05).all(axis=1).any()  # so one penalty would fail
-    for data, score in zip(datas, best):
-        assert common.sklearn_eval(nn.Identity(), data)["test_r2"] > score - 0.05
+        table.append([Ridge(penalty).fit(x[:n], y[:n]).score(x[n:], y[n:])
+                      for penalty in np.logspace(-3, 5, 17)])
+    least = np.max(table, axis=1) - 0.1
+    assert not (np.array(table).T > least).all(axis=1).any()
+    for data, bound in zip(datas, least):
+        assert common.sklearn_eval(nn.Identity(), data)["test_r2"] > bound
 
 
 def test_evaluate_of_classes_numbers_and_nothing(tmp_path, capsys):
@@ -450,6 +444,5 @@ def test_pictures_are_well_formed(copied, tmp_path):
 def test_help_and_import_cost_no_more_than_torch():
     code = "import sys, common; print(*(set(sys.modules) & {'pandas', 'sklearn', 'scipy', 'PIL'}))"
     root = Path(common.__file__).parent
-    import subprocess
     shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert shown.stdout.split() == [] and not shown.stderr
