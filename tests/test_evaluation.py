@@ -197,7 +197,8 @@ class Times100(nn.Module):
 
 def test_the_scale_of_features_does_not_count(run, digits):
     encoder = encoder_of(run, digits)
-    one, other = (accuracy(common.sklearn_eval(e, digits, 0.5)) for e in (encoder, Times100(encoder)))
+    one, other = (accuracy(common.sklearn_eval(network, digits, 0.5))
+                  for network in (encoder, Times100(encoder)))
     assert other == pytest.approx(one, abs=0.02)
 
 
