@@ -45,7 +45,7 @@ def write(path, content):
     if isinstance(content, dict):
         content = pd.DataFrame(content).to_csv(index=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 
@@ -75,7 +75,7 @@ def described(data, name="c"):
 # ----------------------------------------------------------------------- which kind of data
 @pytest.mark.parametrize("dataset, domains, domain, own", [
     ("covtype", ALL, "table", False), ("digits", ALL, "table", False),
-    ("digits", ALL[1:], "image", False), ("cifar100", ALL, "image", False),
+    ("cifar100", ALL, "image", False),
     ("speech_commands", ALL, "speech", False), ("my.csv", ALL, "table", True),
     ("words", ALL, "speech", True), ("pictures", ALL[1:], "image", True),
     ("music", ALL, "speech", True)])
@@ -85,7 +85,10 @@ def test_describe(tmp_path, monkeypatch, dataset, domains, domain, own):
                  "pictures/ant/b.png", "music/jazz/1.mp3", "music/jazz/2.flac", "music/jazz/c.jpg"):
         write(Path(name), "")
     assert common.describe(dataset, domains) == {"domain": domain, "own": own}
-    others = tuple(name for name in ALL if name not in (domain, "table"))
+    others = tuple(name for name in ALL if name != domain)
+    if dataset == "digits":
+        assert common.describe(dataset, others)["domain"] == "image"
+        others = ("speech",)
     assert "other scripts" in refused(common.describe, dataset, others)
 
 
@@ -222,7 +225,7 @@ def texts(write):
 
 
 UNUSABLE = {  # values of a column, and what the message holds
-    "units": (texts("{} CC".format), "1"), "currency": (texts("${}".format), "$"),
+    "units": (texts("{} CC".format), " CC"), "currency": (texts("${}".format), "$"),
     "currency's name": (texts("Rs. {}".format), "Rs."), "thousands": (texts("{:,}".format), ","),
     "percent": (texts("{}%".format), "%"), "decimal commas": (texts("{},5".format), ","),
     "dates": (texts(lambda v: f"2024-{v % 12 + 1:02}-{v % 28 + 1:02}"), "2024"),
@@ -232,7 +235,7 @@ UNUSABLE = {  # values of a column, and what the message holds
     "None": (["None", *texts(str)[1:]], "'None'"), "-": (["-", *texts(str)[1:]], "'-'"),
     "two marks": (["no garage", "n. a.", *texts(str)[2:]], "'no garage' and 'n. a.'"),
     "infinite": ([np.inf, *NOISE[1:]], "infinite"), "too large": ([1e39, *NOISE[1:]], "infinite"),
-    "many texts": ([f"t{i // 2}" for i in range(N - 1)] + ["t7"], "30"),
+    "many texts": ([f"t{i % 31}" for i in range(N)], "31"),
 }
 
 
@@ -254,7 +257,7 @@ def test_all_columns_that_can_not_be_used_are_named_at_once(tmp_path):
 @pytest.mark.parametrize("values", [
     ["red", "green", "blue"], ["A1", "A2", "B1"], ["2", "3", "4", "5more"], ["1.2.3", "1.2.4"],
     ["10th", "11th", "12th", "Bachelors"], ["a,b", "c;d", "$"], ["None", "Mild", "Severe"],
-    ["may", "march", "jan"], ["<=50K", ">50K"], ["a" + " " * 20_000 + "b", "c", "d"]])
+    ["may", "march", "jan"], ["<=50K", ">50K"], ["a" + " " * 20_000 + "b", "d"]])
 def test_few_texts_are_categories(tmp_path, values):
     data = load(tmp_path / "my.csv", table(np.resize(values, N)[RNG.permutation(N)]))
     assert described(data)[0]["values"] == sorted(values)
@@ -263,8 +266,8 @@ def test_few_texts_are_categories(tmp_path, values):
 def test_equal_texts_are_equal_in_any_unicode_form_and_with_any_blanks(tmp_path):
     blanks = np.resize(["", " ", "\N{NO-BREAK SPACE}", "\t"], N)
     composed = np.char.add(np.resize(["é", "e\u0301", "ö"], N)[RNG.permutation(N)], blanks)
-    columns = table(composed, **{"e\u0301 ": composed[::-1]})
-    data = load(tmp_path / "my.csv", columns, label_column=" é")
+    columns = table(composed, **{"ü ": composed[::-1]})
+    data = load(tmp_path / "my.csv", columns, label_column=" u\u0308")
     assert data.spec["classes"] == described(data)[0]["values"] == ["é", "ö"]
 
 
@@ -366,7 +369,7 @@ def people(n=400):
         "SaleDate": [f"{rng.integers(1, 13)}/{rng.integers(1, 28)}/2010" for _ in range(n)],
         "SalePrice": rng.permutation(10 * n)[:n] * 100}
     cars = {
-        "Unnamed: 0": np.arange(n), "name": [f"Maruti {i % 150}" for i in rng.permutation(n)],
+        "Unnamed: 0": np.arange(n), "name": [f"Maruti {i % 70}" for i in rng.permutation(n)],
         "year": rng.integers(1995, 2021, n), "fuel": pick("Diesel", "Petrol", "CNG"),
         "mileage": gaps([f"{v:.1f} kmpl" for v in rng.uniform(9, 30, n)], 0.03),
         "engine": gaps([f"{v} CC" for v in rng.integers(600, 3000, n)], 0.03),
@@ -606,7 +609,7 @@ def test_an_image_is_resized_and_its_middle_taken(tmp_path, capsys):
     data = load_images(tmp_path)
     x = dict(zip(data.names, torch.cat([data.x_train, data.x_test])))["ant/x.png"]
     assert x[2, :, 1:15].min() > 250 and x[0, :, 1:15].max() < 5
-    assert "12 fewer than 16 pixels" in capsys.readouterr().out  # these are enlarged
+    assert "12 smaller than 16 pixels" in capsys.readouterr().out  # these are enlarged
 
 
 def test_gray_folders_keep_one_channel(tmp_path):
@@ -647,7 +650,7 @@ def test_images_are_read_as_they_are_shown(tmp_path, capsys):
     assert torch.equal(x["ant/turned.png"], x["ant/upright.png"])
     for name in ("ant/rgba.png", "bee/palette.png"):
         assert (x[name][:, :8] == 200).all() and (x[name][:, 8:] == 255).all()
-    assert (x["bee/x.gif"] == 3).all() and "1 several frames" in capsys.readouterr().out
+    assert (x["bee/x.gif"] == 3).all() and "1 of several frames" in capsys.readouterr().out
 
 
 def test_new_images_are_read_as_in_training(tmp_path):
@@ -704,7 +707,7 @@ def tone(hertz, seconds=1.0, rate=16000):
 
 def wav(samples, rate=16000, width=2):
     """A WAV file, bytes, of samples (n,) or (n, channels) in [-1, 1]; width: bytes a sample."""
-    samples = np.asarray(samples).reshape(len(samples), -1)
+    samples = np.asarray(samples).reshape(len(samples), -1 if len(samples) else 1)
     scaled = (samples * (2 ** (8 * width - 1) - 1)).round().astype("<i8") + 128 * (width == 1)
     content = io.BytesIO()
     with wave.open(content, "wb") as file:
@@ -774,7 +777,7 @@ def test_a_long_recording_is_not_read_whole(tmp_path, monkeypatch, capsys):
     clips = common.read_clips(tmp_path, ["a.wav"])
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
-    assert np.abs(clips[0] / 32768 - tone(440))[:-200].max() < 0.003
+    assert np.abs(clips[0] / 32768 - tone(440))[200:-200].max() < 0.003
     said = capsys.readouterr().out
     assert "1 are longer" in said and "300.0 s" in said and "first second" in said
 
