@@ -176,6 +176,58 @@ def test_two_columns_of_one_name_are_refused(tmp_path, header, twice):
     assert repr(twice) in refused(load, tmp_path / "my.csv", f"{header}\n{rows}")
 
 
+ROWS = "".join(f"{i * i % 17 / 3},{i % 5},{'abc'[i % 3]}\n" for i in range(40))
+TABLE = "p,q,kind\n" + ROWS
+BAD_FILES = {  # content, and what the message holds
+    "empty": ("", ""), "blanks": ("\n \n", ""), "a header line": ("p,q,kind\n", "no rows"),
+    "a NUL": ("p,\0,kind\n" + ROWS, "binary"), "zip": (b"PK\3\4\0\0" + bytes(99), "binary"),
+    "parquet": (b"PAR1\x15\0\x15" + bytes(99), "binary"), "zeros": (bytes(99), "binary"),
+    "utf-16": (TABLE.encode("utf-16"), "binary"), "latin": (TABLE.replace("a", "ä").encode(
+        "latin-1"), "UTF-8"), "all bytes": (bytes(range(256)) * 9, ""),
+    "git-lfs": ("version https://git-lfs.github.com/spec/v1\noid sha256:5e\nsize 734\n", "git-lfs"),
+    "sep=;": ("sep=;\n" + TABLE.replace(",", ";"), "sep=;"), "sep=,": ("sep=,\n" + TABLE, "sep=,"),
+    "sep=; of two": ("sep=;\na;b\n" + "1;2\n" * 9, "sep=;"), "arff": ("@relation iris\n@data\n" + ROWS,
+    "@relation"), "html": ("<!DOCTYPE html>\n<p>a,b</p>\n" * 9, "<!DOCTYPE"), "html's table": (
+        "<table>,a\n" + "1,2\n" * 9, "<table>"), "json": ('[{"a": 1, "b": 2},\n' * 9, "[{"),
+    "json's lines": ('{"a": 1, "b": 2}\n' * 9, "{"), "not found": ("404: Not Found\n", "404"),
+    "a title": ("My table\n" + TABLE, "My table"), "libsvm": ("1 1:0.5 2:0.3\n" * 9, "1 1:0.5"),
+    "blanks between": (TABLE.replace(",", " "), "p q kind"), "one column": ("kind\n" + "a\nb\n" * 9,
+    "kind"), "another separator": (TABLE.replace(",", "~"), "p~q~kind"),
+    "a long row": (TABLE + "1,2,3,4\n", "fields"), "a short row": (TABLE + "1\n", "fields"),
+    "row names": ("p,q\n" + ROWS, "fields"), "late": (TABLE + ROWS * 9 + "1,2\n" + ROWS, "fields"),
+    "a quote": (TABLE + '"1,2,a\n', ""), "a long cell": (TABLE + "x" * 10**6 + ",1,a\n", ""),
+    "a long line": ("x" * 10**6, "xxx"), "control": ("a\x1b[31m,b\n1\n", "\\x1b"),
+    "no such label": (TABLE.replace("kind", "sort"), "'kind'"), "twice": (TABLE.replace("q", "p", 1),
+    "'p'"), "a class once": (TABLE + "1,2,d\n", "'d'"), "few rows": ("p,q,kind\n1.5,2,a\n2.5,3,a\n1,7,b\n2,9,b\n", ""),
+    "labels alone": ("id,kind\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(40)), "no column"),
+    "constant": ("p,kind\n" + "1,a\n1,b\n" * 9, "no column"), "names": ("1.5,7,kind\n" + ROWS, "1.5"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_files_that_are_no_table_are_refused(tmp_path, name):
+    content, told = BAD_FILES[name]
+    for path in (tmp_path / "my.csv", tmp_path / "my.csv.gz"):
+        if path.suffix == ".gz":  # first whole, then without compression
+            write(path, gzip.compress(content if isinstance(content, bytes) else content.encode()))
+            assert told in refused(common.load_table, str(path), "", CPU, label_column="kind")
+        message = refused(load, path, content)
+        assert str(path) in message and (told in message or path.suffix == ".gz")
+    assert "can't be read" in refused(common.load_table, str(tmp_path / "nowhere.csv"), "", CPU)
+
+
+def test_no_code_of_a_data_file_is_run(tmp_path):
+    """A pickle, by whatever name, is bytes."""
+    code = b"cos\nsystem\n(S'touch " + str(tmp_path / "started").encode() + b"'\ntR."
+    write_images(tmp_path / "i")
+    two_words(tmp_path / "w")
+    refused(load, tmp_path / "my.csv", code)
+    for path, read in (("i/ant/x.png", load_images), ("w/ant/x.wav", load_speech)):
+        write(tmp_path / path, code)
+        assert "x." in refused(read, tmp_path / path[0])
+    assert not (tmp_path / "started").exists()
+
+
 # ----------------------------------------------------------------------- tables: columns
 def test_columns_by_kind(tmp_path, capsys):
     colours = np.resize(["red", "green", "blue", "blue"], N)
@@ -220,38 +272,33 @@ def test_what_is_constant_in_the_training_rows_is_left_out(tmp_path, capsys):
         assert in_order(data).abs().max() < 10
 
 
-def texts(write):
-    return [write(value) for value in WHOLE]
-
-
-UNUSABLE = {  # values of a column, and what the message holds
-    "units": (texts("{} CC".format), " CC"), "currency": (texts("${}".format), "$"),
-    "currency's name": (texts("Rs. {}".format), "Rs."), "thousands": (texts("{:,}".format), ","),
-    "percent": (texts("{}%".format), "%"), "decimal commas": (texts("{},5".format), ","),
-    "dates": (texts(lambda v: f"2024-{v % 12 + 1:02}-{v % 28 + 1:02}"), "2024"),
-    "times": (texts(lambda v: f"{v % 24}:{v % 60:02}"), ":"),
-    "dates in words": (texts(lambda v: f"Mar {v % 28 + 1}, 2024"), "Mar"),
-    "minus signs": (texts("\N{MINUS SIGN}{}".format), "plain number"),
-    "None": (["None", *texts(str)[1:]], "'None'"), "-": (["-", *texts(str)[1:]], "'-'"),
-    "two marks": (["no garage", "n. a.", *texts(str)[2:]], "'no garage' and 'n. a.'"),
-    "infinite": ([np.inf, *NOISE[1:]], "infinite"), "too large": ([1e39, *NOISE[1:]], "infinite"),
-    "many texts": ([f"t{i % 31}" for i in range(N)], "31"),
+NUMBERS = [  # how people write numbers, amounts and dates
+    "{} CC", "{}kg", "${}", "€ {}", "Rs. {}", "USD {}", "{} EUR", "{}%", "~{}", "({})", "{},5", "{},000",
+    "{}'000", "{} 000", "1.{}.2", "0x{}", "{}+", "\N{MINUS SIGN}{}", "{}-12-01", "1/2/{}", "{}:30",
+    "1 Mar {}", "Mar {}", "September 5, {}", "Mon, 1 Jan {}", "{}T10:00:00", "{}Nm@ 2000rpm", "{}-{}"]
+UNUSABLE = {text: ([text.format(value, value) for value in WHOLE], "plain number") for text in NUMBERS}
+UNUSABLE |= {text: ([text, *map(str, WHOLE[1:])], f"{text!r}") for text in (
+    "None", "-", "x", "no garage", "unknown", "--", "n. a.", "$")}
+UNUSABLE |= {
+    "two marks": (["lost", "none", *map(str, WHOLE[2:])], "'lost' and 'none'"),
+    "inf": ([np.inf, *NOISE[1:]], "infinite"), "-inf": ([-np.inf, *NOISE[1:]], "infinite"),
+    "1e39": ([1e39, *NOISE[1:]], "infinite"), "1e400": (["1e400", *NOISE[1:]], "infinite"),
+    "texts": ([f"t{i % 31}" for i in range(N)], "31"),
 }
 
 
 @pytest.mark.parametrize("kind", UNUSABLE)
 def test_columns_that_could_be_misread_are_refused(tmp_path, kind):
     values, told = UNUSABLE[kind]
-    message = refused(load, tmp_path / "my.csv", table(values))
-    assert "'c'" in message and told in message
-    if kind != "many texts":  # neither are these labels
-        assert "'c'" in refused(load, tmp_path / "my.csv", table(values), label_column="c")
+    for label in ("kind", "c") if kind != "texts" else ("kind",):
+        message = refused(load, tmp_path / "my.csv", table(values), label)
+        assert "'c' (" in message and told in message
 
 
 def test_all_columns_that_can_not_be_used_are_named_at_once(tmp_path):
-    columns = {f"column {kind}": values for kind, (values, _) in UNUSABLE.items()}
-    message = refused(load, tmp_path / "my.csv", table(WHOLE, **columns))
-    assert all(f"'{name}'" in message for name in columns)
+    columns = {f"{i}th": values for i, (values, _) in enumerate(UNUSABLE.values()) if i % 3 == 0}
+    message = refused(load, tmp_path / "my.csv", table(WHOLE, **columns), "nothing")
+    assert all(f"{name!r} (" in message for name in [*columns, "nothing"])
 
 
 @pytest.mark.parametrize("values", [
@@ -502,7 +549,6 @@ def test_a_folders_classes_are_its_first_folders_and_a_fifth_is_the_test(tmp_pat
     for file in (tmp_path / "more").rglob("*.png"):
         file.rename(tmp_path / f"{file.parent.name}.png")  # without a class
     data = load_images(tmp_path)
-    assert data.y_train.bincount(minlength=3)[:2].tolist() if False else True
     assert (data.y_train == -1).sum() == 2 and data.y_test.bincount().tolist() == [2, 2]
     reds = dict(zip(data.names, torch.cat([data.x_train, data.x_test])[:, 0, 0, 0].tolist()))
     assert reds["ant/3.png"] == 3 and reds["bee/7.png"] == 47 and reds["bee.png"] == 40
@@ -549,9 +595,10 @@ def test_what_a_system_puts_there_is_no_class_and_is_counted(tmp_path, capsys):
 def test_folders_within_a_class_are_named_with_their_counts(tmp_path, capsys):
     for name in ("ant", "bee"):
         for inner in ("images", "masks"):
-            write_images(tmp_path / "made")
-            (tmp_path / "made" / name).rename(tmp_path / name / inner) if (
-                tmp_path / name).mkdir(exist_ok=True) is None else None
+            for i in range(6):
+                path = tmp_path / name / inner / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (16, 16), i).save(path)
     load_images(tmp_path)
     assert "images 12, masks 12" in capsys.readouterr().out
 
@@ -700,6 +747,50 @@ def test_no_image_starts_a_program(tmp_path, monkeypatch):
     assert not (tmp_path / "started").exists()
 
 
+def saved(image, kind="PNG", **options):
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+PNG = saved(Image.effect_noise((16, 16), 50))
+JPG = saved(Image.effect_noise((64, 64), 50), "JPEG")
+DEEP_TIFF = saved(Image.new("RGB", (16, 16)), "TIFF")
+BAD_IMAGES = {
+    "empty": (b"", ""), "text": (b"hello", ""), "zeros": (bytes(999), ""), "cut": (PNG[:-30], ""),
+    "cut early": (PNG[:20], ""), "cut jpeg": (JPG[:-200], ""), "damaged": (
+        PNG[:40] + b"x" + PNG[41:], ""), "a jpeg's head": (b"\xff\xd8\xff\xe0" + bytes(50), ""),
+    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\n", ""), "svg": (b"<svg/>", ""),
+    "html": (b"<html>404</html>", ""), "pdf": (b"%PDF-1.4\n" + bytes(99), ""),
+    "ico": (saved(Image.new("RGB", (16, 16)), "ICO"), ""), "no pixels": (b"P6 0 16 255\n", ""),
+    "bomb": (b"P6 60000 60000 255\n" + bytes(999), ""),
+    "gray of 16 bits": (saved(Image.fromarray(np.zeros((16, 16), np.uint16))), "8 bits"),
+    "gray of 32 bits": (saved(Image.new("I", (16, 16)), "TIFF"), "8 bits"),
+    "floats": (saved(Image.new("F", (16, 16)), "TIFF"), "8 bits"),
+    "colour of 16 bits": (b"P6 16 16 65535\n" + bytes(6 * 256), "8 bits"),
+    "a fourth band": (saved(Image.new("RGBA", (16, 16)), "TIFF"), "three bands"),
+    "ink": (saved(Image.new("CMYK", (16, 16)), "TIFF"), "three bands"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_images_that_can_not_be_read_are_refused(tmp_path, name):
+    content, told = BAD_IMAGES[name]
+    write_images(tmp_path)
+    write(tmp_path / "bee" / "x.png", content)
+    message = refused(load_images, tmp_path)
+    assert str(tmp_path / "bee" / "x.png") in message and told in message
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    write_images(tmp_path / "i")
+    two_words(tmp_path / "w")
+    os.mkfifo(tmp_path / "i" / "ant" / "x.png")
+    (tmp_path / "w" / "ant" / "x.wav").symlink_to(tmp_path / "nowhere.wav")
+    assert "x.png" in refused(load_images, tmp_path / "i")
+    assert "x.wav" in refused(load_speech, tmp_path / "w")
+
+
 # ----------------------------------------------------------------------- recordings
 def tone(hertz, seconds=1.0, rate=16000):
     return np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
@@ -791,6 +882,26 @@ def two_words(folder, count=5, names=("ant", "bee")):
 
 def load_speech(folder, **options):
     return common.load_speech(str(folder), None, CPU, **options)
+
+
+WAV = wav(tone(440))
+BAD_RECORDINGS = {
+    "empty": b"", "text": b"hello, I am no sound\n" * 9, "git-lfs": b"version https://git-lfs.git",
+    "cut": WAV[:-100], "header": WAV[:44], "cut header": WAV[:30], "no samples": wav(np.zeros(0)),
+    "mp3": b"ID3" + bytes(999), "flac": b"fLaC" + bytes(999), "ogg": b"OggS" + bytes(999),
+    "aiff": b"FORM\0\0\1\0AIFFCOMM" + bytes(99), "slow": WAV[:24] + struct.pack("<I", 1) + WAV[28:],
+    "fast": WAV[:24] + struct.pack("<I", 10**9) + WAV[28:], "no channels": WAV[:22] + bytes(2) +
+    WAV[24:], "no block": WAV[:32] + bytes(2) + WAV[34:],
+    "64 bits": WAV[:32] + struct.pack("<HH", 8, 64) + WAV[36:], "adpcm": WAV[:20] + b"\2\0" + WAV[22:],
+    "a-law": WAV[:20] + b"\6\0" + WAV[22:], "no fmt": WAV[:12] + b"junk" + WAV[16:],
+    "not finite": float_wav(np.full(999, np.nan)), "zeros": bytes(999),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECORDINGS)
+def test_recordings_that_can_not_be_read_are_refused(tmp_path, name):
+    path = write(two_words(tmp_path) / "ant" / "x.wav", BAD_RECORDINGS[name])
+    assert str(path) in refused(load_speech, tmp_path)
 
 
 def test_a_folder_of_recordings(tmp_path, capsys):
