@@ -185,7 +185,8 @@ BAD_FILES = {  # content, and what the message holds
         "latin-1"), "UTF-8"), "all bytes": (bytes(range(256)) * 9, ""),
     "git-lfs": ("version https://git-lfs.github.com/spec/v1\noid sha256:5e\nsize 734\n", "git-lfs"),
     "sep=;": ("sep=;\n" + TABLE.replace(",", ";"), "sep=;"), "sep=,": ("sep=,\n" + TABLE, "sep=,"),
-    "sep=; of two": ("sep=;\na;b\n" + "1;2\n" * 9, "sep=;"), "arff": ("@relation iris\n@data\n" + ROWS,
+    "sep=; of two": ("sep=;\na;b\n" + "1;2\n" * 9, "sep=;"),
+    "arff": ("@relation iris\n@data\n" + ROWS,
     "@relation"), "html": ("<!DOCTYPE html>\n<p>a,b</p>\n" * 9, "<!DOCTYPE"), "html's table": (
         "<table>,a\n" + "1,2\n" * 9, "<table>"), "json": ('[{"a": 1, "b": 2},\n' * 9, "[{"),
     "json's lines": ('{"a": 1, "b": 2}\n' * 9, "{"), "not found": ("404: Not Found\n", "404"),
@@ -193,13 +194,17 @@ BAD_FILES = {  # content, and what the message holds
     "blanks between": (TABLE.replace(",", " "), "p q kind"), "one column": ("kind\n" + "a\nb\n" * 9,
     "kind"), "another separator": (TABLE.replace(",", "~"), "p~q~kind"),
     "a long row": (TABLE + "1,2,3,4\n", "fields"),
-    "row names": ("p,q\n" + ROWS, "fields"), "late": (TABLE + ROWS * 9 + "1,2,3,4\n" + ROWS, "fields"),
+    "row names": ("p,q\n" + ROWS, "fields"),
+    "late": (TABLE + ROWS * 9 + "1,2,3,4\n" + ROWS, "fields"),
     "a quote": (TABLE + '"1,2,a\n', ""), "a long cell": (TABLE + "x" * 10**6 + ",1,a\n", ""),
     "a long line": ("x" * 10**6, "xxx"), "control": ("a\x1b[31m,b\n1\n", "\\x1b"),
-    "no such label": (TABLE.replace("kind", "sort"), "'kind'"), "twice": (TABLE.replace("q", "p", 1),
-    "'p'"), "a class once": (TABLE + "1,2,d\n", "'d'"), "few rows": ("p,q,kind\n1.5,2,a\n2.5,3,a\n1,7,b\n2,9,b\n", ""),
+    "no such label": (TABLE.replace("kind", "sort"), "'kind'"),
+    "twice": (TABLE.replace("q", "p", 1),
+    "'p'"), "a class once": (TABLE + "1,2,d\n", "'d'"),
+    "few rows": ("p,q,kind\n1.5,2,a\n2.5,3,a\n1,7,b\n2,9,b\n", ""),
     "labels alone": ("id,kind\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(40)), "no column"),
-    "constant": ("p,kind\n" + "1,a\n1,b\n" * 9, "no column"), "names": ("1.5,7,kind\n" + ROWS, "1.5"),
+    "constant": ("p,kind\n" + "1,a\n1,b\n" * 9, "no column"),
+    "names": ("1.5,7,kind\n" + ROWS, "1.5"),
 }
 
 
@@ -275,10 +280,13 @@ def test_what_is_constant_in_the_training_rows_is_left_out(tmp_path, capsys):
 
 
 NUMBERS = [  # how people write numbers, amounts and dates
-    "{} CC", "{}kg", "${}", "€ {}", "Rs. {}", "USD {}", "{} EUR", "{}%", "~{}", "({})", "{},5", "{},000",
+    "{} CC", "{}kg", "${}", "€ {}", "Rs. {}", "USD {}", "{} EUR", "{}%", "~{}", "({})", "{},5",
+    "{},000",
     "{}'000", "{} 000", "1.{}.2", "0x{}", "{}+", "\N{MINUS SIGN}{}", "{}-12-01", "1/2/{}", "{}:30",
-    "1 Mar {}", "Mar {}", "September 5, {}", "Mon, 1 Jan {}", "{}T10:00:00", "{}Nm@ 2000rpm", "{}-{}"]
-UNUSABLE = {text: ([text.format(value, value) for value in WHOLE], "plain number") for text in NUMBERS}
+    "1 Mar {}", "Mar {}", "September 5, {}", "Mon, 1 Jan {}", "{}T10:00:00", "{}Nm@ 2000rpm",
+    "{}-{}"]
+UNUSABLE = {text: ([text.format(value, value) for value in WHOLE], "plain number")
+            for text in NUMBERS}
 UNUSABLE |= {text: ([text, *map(str, WHOLE[1:])], f"{text!r}") for text in (
     "None", "-", "x", "no garage", "unknown", "--", "n. a.", "$")}
 UNUSABLE |= {
@@ -321,7 +329,8 @@ def test_equal_texts_are_equal_in_any_unicode_form_and_with_any_blanks(tmp_path)
 
 
 def test_missing_values_are_the_median_or_a_text_of_their_own(tmp_path, capsys):
-    number, text = NOISE.astype(object), np.resize(["red", "green", "red", "blue"], N).astype(object)
+    number = NOISE.astype(object)
+    text = np.resize(["red", "green", "red", "blue"], N).astype(object)
     number[::7], text[3::7] = "NA", "?"
     data = load(tmp_path / "my.csv", table(number, colour=text, gap=np.resize(["", "x"], N)[
         RNG.permutation(N)]))
@@ -456,7 +465,7 @@ def read_again(path, data):
 def mixed():
     colour = np.resize(["red", "green", "blue", "2", "3", ""], N)
     gaps = np.where(np.arange(N) % 9, NOISE, np.nan)
-    return pd.DataFrame(table(WHOLE, colour=colour, flag=WHOLE % 2 == 0, id=np.arange(N), gaps=gaps))
+    return pd.DataFrame(table(WHOLE, colour=colour, flag=WHOLE % 2 == 0, id=range(N), gaps=gaps))
 
 
 def test_new_rows_in_another_company_are_coded_alike(tmp_path, capsys):
@@ -465,9 +474,10 @@ def test_new_rows_in_another_company_are_coded_alike(tmp_path, capsys):
     data = load(tmp_path / "my.csv", whole.to_csv(index=False))
     for index in ([5, 17, 40], [3], [4, 10, 16], [9]):
         some = whole.iloc[index]
-        for new in (some, some[some.columns[::-1]].assign(more=1), some.drop(columns=["kind", "id"])):
+        for new in (some, some[some.columns[::-1]].assign(more=1), some.drop(columns="kind")):
             new.to_csv(tmp_path / "new.csv", index=False)
-            assert torch.equal(read_again(tmp_path / "new.csv", data).x_train, in_order(data)[index])
+            x = read_again(tmp_path / "new.csv", data).x_train
+            assert torch.equal(x, in_order(data)[index])
     assert "'more'" in capsys.readouterr().out
 
 
@@ -516,7 +526,8 @@ def test_what_is_not_covtype_is_refused(tmp_path, monkeypatch, change):
 
 
 def test_digits_are_a_table_and_images_with_one_split():
-    as_table, data = (load("digits", "data", CPU) for load in (common.load_table, common.load_images))
+    as_table = common.load_table("digits", "data", CPU)
+    data = common.load_images("digits", "data", CPU)
     assert data.x_train.shape == (1437, 1, 8, 8) and data.x_train.max() == 255
     assert as_table.groups == [64] and torch.equal(data.y_test, as_table.y_test)
     small = common.load_images("digits", "data", CPU, train_size=100)
@@ -528,7 +539,7 @@ def test_digits_are_a_table_and_images_with_one_split():
 
 # ----------------------------------------------------------------------- folders
 def write_images(folder, count=6, size=(16, 16), mode="RGB", kind="png"):
-    """count images each of ant and bee: the i-th ant has a red (or gray) of i, the bee of 40 + i."""
+    """count images each of ant and bee: the i-th ant is of red (or gray) i, the bee of 40 + i."""
     for name, first in (("ant", 0), ("bee", 40)):
         for i in range(count):
             colour = (first + i, 90, 200) if mode == "RGB" else first + i
@@ -569,7 +580,7 @@ def test_folders_for_training_and_test(tmp_path, capsys, train, test):
 
 def test_what_a_system_puts_there_is_no_class_and_is_counted(tmp_path, capsys):
     write_images(tmp_path)
-    for name in (".git", "_cache", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"):
+    for name in (".git", "_cache", "@eaDir", "#recycle", "$BIN", "System Volume Information"):
         write_images(tmp_path / "ant" / name)
         write_images(tmp_path / name)
     for name in ("Thumbs.db", "desktop.ini", "._0.png", "notes.TXT"):
@@ -852,7 +863,9 @@ BAD_RECORDINGS = {
     "aiff": b"FORM\0\0\1\0AIFFCOMM" + bytes(99), "slow": WAV[:24] + struct.pack("<I", 1) + WAV[28:],
     "fast": WAV[:24] + struct.pack("<I", 10**9) + WAV[28:], "no channels": WAV[:22] + bytes(2) +
     WAV[24:], "no block": WAV[:32] + bytes(2) + WAV[34:],
-    "64 bits": WAV[:32] + struct.pack("<HH", 8, 64) + WAV[36:], "adpcm": WAV[:20] + b"\2\0" + WAV[22:],
+
+    "64 bits": WAV[:32] + struct.pack("<HH", 8, 64) + WAV[36:],
+    "adpcm": WAV[:20] + b"\2\0" + WAV[22:],
     "a-law": WAV[:20] + b"\6\0" + WAV[22:], "no fmt": WAV[:12] + b"junk" + WAV[16:],
     "not finite": float_wav(np.full(999, np.nan)), "zeros": bytes(999),
 }
