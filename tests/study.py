@@ -4,8 +4,9 @@
     python tests/study.py             # runs what is missing, then prints the tables
     python tests/study.py --only 40   # of these epochs
 
-Runs lie in runs/study/; two go at a time, on one core each. What is finished is skipped, what was
-stopped goes on. tests/study.csv keeps a line of every finished run, tests/pictures/ the pictures.
+Runs lie in runs/study/; two go at a time, on one core each. On a card the paper's scale comes
+first, w = 64, three runs at a time. What is finished is skipped, what was stopped goes on.
+tests/study.csv keeps a line of every finished run, tests/pictures/ the pictures.
 """
 
 import argparse
@@ -21,7 +22,9 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 
-from runs import read_log, svg
+import torch
+
+from draw import read_log, svg
 
 ROOT = Path(__file__).parent.parent
 RUNS, RECORD, PICTURES = ROOT / "runs/study", ROOT / "tests/study.csv", ROOT / "tests/pictures"
@@ -36,6 +39,7 @@ class Row:
     width: int | None
     epochs: int
     seeds: int
+    mask: str = "0.2"  # probability of masking: of both runs, or without -> with i-Mix
     flags: str = ""  # of both runs
     without: str = ""  # further ones of the run without i-Mix
     with_imix: str | None = ""  # further ones of the run with i-Mix; None: there is none
@@ -55,38 +59,38 @@ SCRIPTS = {
     "N-pair": "npair_tabular.py",
     "MoCo": "moco_imix.py --dataset covtype",
     "BYOL": "byol_imix.py --dataset covtype",
-    "digits": "simclr_imix.py --dataset digits --arch resnet18 --batch-size 128 --linear-epochs 30"}
+    "N-pair, CIFAR-10": "simclr_imix.py",
+    "N-pair, speech": "simclr_imix.py --dataset speech_commands",
+    "digits": "simclr_imix.py --dataset digits --arch resnet18 --batch-size 128"}
+ON_CARD = [
+    Row("N-pair", 64, 500, 3),
+    Row("MoCo", 64, 500, 3, "0.2 -> 0"),
+    Row("BYOL", 64, 500, 3, "0.2 -> 0"),
+    Row("N-pair, CIFAR-10", None, 200, 1, "none"),
+    Row("N-pair, speech", None, 100, 1, "none"),
+]
 STUDY = [
+    Row("N-pair", 8, 500, 3),
+    Row("N-pair", 8, 500, 1, with_imix="--alpha 1.0"),
+    Row("MoCo", 8, 500, 3, "0.2 -> 0"),
+    Row("BYOL", 8, 500, 3, "0.2 -> 0"),
+    Row("N-pair", 16, 500, 2),
+    Row("N-pair", 8, 150, 1, "0", flags="--mask 0"),
+    Row("MoCo", 8, 150, 1, "0", without="--mask 0"),  # with i-Mix that is the recipe
+    Row("BYOL", 8, 150, 1, "0", without="--mask 0"),
     Row("N-pair", 8, 40, 3),
-    Row("N-pair", 8, 40, 3, flags="--standardize all"),
-    Row("N-pair", 8, 40, 3, flags="--supervised"),
-    Row("MoCo", 8, 40, 3),
+    Row("MoCo", 8, 40, 3, "0.2 -> 0"),
     Row("MoCo", 8, 40, 3, with_imix="--mask 0.2"),
-    Row("MoCo", 8, 40, 3, without="--n-plus-k"),
-    Row("BYOL", 8, 40, 3),
+    Row("BYOL", 8, 40, 3, "0.2 -> 0"),
     Row("BYOL", 8, 40, 3, with_imix="--mask 0.2"),
-    Row("N-pair", 8, 500, 2),
-    Row("MoCo", 8, 500, 2),
-    Row("BYOL", 8, 500, 2),
-    Row("N-pair", 16, 150, 3),
-    Row("N-pair", 8, 150, 1, flags="--mask 0"),
-    Row("MoCo", 8, 150, 1, without="--mask 0"),  # with i-Mix that is the recipe
-    Row("BYOL", 8, 150, 1, without="--mask 0"),
-    Row("N-pair", 8, 150, 1),
-    Row("MoCo", 8, 150, 1),
-    Row("BYOL", 8, 150, 1),
+    Row("N-pair", 8, 40, 3, flags="--supervised"),
+    Row("N-pair", 8, 40, 3, flags="--supervised", with_imix="--alpha 0.2"),
 ]
 LOSSES = [
-    Row("digits", None, 1, 3, flags="--lr 1e-12", with_imix=None),  # as good as untrained
-    Row("digits", None, 10, 3, flags="--loss n-pair"),
-    Row("digits", None, 10, 3, flags="--loss n-pair --supervised"),
-    Row("digits", None, 10, 3, flags="--loss nt-xent", with_imix=None),
-    Row("digits", None, 10, 3, flags="--loss supcon", with_imix=None),
-    Row("digits", None, 10, 3, flags="--loss triplet"),
-    Row("digits", None, 10, 3, flags="--loss triplet --supervised"),
-    Row("digits", None, 10, 3, flags="--loss barlow-twins"),
-    Row("digits", None, 10, 3, flags="--loss dare"),
-]
+    Row("digits", None, 10, 2, flags=f"--loss {loss}", with_imix=with_imix)
+    for loss, with_imix in [
+        ("n-pair", ""), ("n-pair --supervised", ""), ("nt-xent", None), ("supcon", None),
+        ("triplet", ""), ("triplet --supervised", ""), ("barlow-twins", ""), ("dare", "")]]
 
 
 def folder(run):
@@ -114,7 +118,7 @@ def work(runs):
     """Run what is not finished of runs, and record it as it comes."""
     RUNS.mkdir(parents=True, exist_ok=True)
     begin, done, total = time.monotonic(), 0, sum(map(cost, runs))
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3 if torch.cuda.is_available() else 2) as pool:
         try:
             for future in as_completed(pool.submit(start, run) for run in runs):
                 run, code = future.result()
@@ -138,8 +142,9 @@ def record():
         result = folder(run) / "result.json"
         if result.exists():
             values = json.loads((folder(run) / "config.json").read_text())
-            values |= json.loads(result.read_text()) | read_log(folder(run))[-1]
-            values |= {"run": run, "date": date.fromtimestamp(result.stat().st_mtime)}
+            values |= read_log(folder(run))[-1] | json.loads(result.read_text())
+            values |= {"run": run, "torch": torch.__version__,
+                       "date": date.fromtimestamp(result.stat().st_mtime)}
             rows[run] = {name: values[name] for name in COLUMNS}
     with open(RECORD, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -152,7 +157,7 @@ def all_runs():
     """Every run of the study once, the first seeds first."""
     runs = []
     for seed in range(3):
-        for row in STUDY + LOSSES:
+        for row in ON_CARD + STUDY + LOSSES:
             if seed < row.seeds:
                 runs += row.runs(seed)
     return list(dict.fromkeys(runs))
@@ -179,22 +184,19 @@ def gains(row, accuracy):
 
 def table(accuracy):
     """The README's table, of {run: test accuracy}."""
-    lines = ["| method | w | epochs | seeds | without i-Mix | with i-Mix | gain |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
-    for row in STUDY:
+    lines = ["| method | w | epochs | masking | seeds | without i-Mix | with i-Mix | gain |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for row in ON_CARD + STUDY:
         if not pairs(row, accuracy):
             continue
         without, with_imix = zip(*pairs(row, accuracy))
         method = row.method
-        if row.flags:
-            method += f", `{row.flags}`"
-        if row.without:
-            method += f", `{row.without}` without i-Mix"
-        if row.with_imix:
-            method += f", `{row.with_imix}` with i-Mix"
+        for flags in (row.flags, row.with_imix):
+            if flags and "--mask" not in flags:
+                method += f", `{flags}`"
         gain = statistics.mean(gains(row, accuracy))
-        lines.append(f"| {method} | {row.width} | {row.epochs} | {len(without)} | {mean(without)} "
-                     f"| {mean(with_imix)} | {gain:+.1f} |")
+        lines.append(f"| {method} | {row.width or ''} | {row.epochs} | {row.mask} | {len(without)} "
+                     f"| {mean(without)} | {mean(with_imix)} | {gain:+.1f} |")
     return "\n".join(lines)
 
 
@@ -239,6 +241,9 @@ def main():
     parser.add_argument("--only", type=int, help="run those of so many epochs alone")
     only = parser.parse_args().only
     runs = [run for run in all_runs() if not (folder(run) / "result.json").exists()]
+    if not torch.cuda.is_available():
+        too_large = [run for row in ON_CARD for seed in range(row.seeds) for run in row.runs(seed)]
+        runs = [run for run in runs if run not in too_large]
     work([run for run in runs if only is None or f"--epochs {only} " in run])
     accuracy = record()
     pictures(accuracy)

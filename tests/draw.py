@@ -1,72 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""Finished runs: their table, and the pictures of one.
+"""Pictures in plain SVG: curves and dots over axes, and the README's picture of the idea.
 
-    python tests/runs.py                 # the runs under runs/, a line of a Markdown table each
-    python tests/runs.py runs/MY-RUN     # writes loss.svg and tsne.svg into that folder
+    python tests/draw.py    # writes tests/pictures/idea.svg
 """
 
 import csv
-import json
 import math
-import sys
 from html import escape
 from pathlib import Path
-
-import numpy as np
-from sklearn.manifold import TSNE
 
 COLOURS = ["#888888", "#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2",
            "#bcbd22", "#17becf"]
 WIDTH, HEIGHT = 380, 220  # of a panel, in pixels
+INK, BLUE, ORANGE = "#808080", "#3d85c6", "#e08a3c"  # to be seen on white and on black
 
 
 def read_log(run):
-    """The lines of a run's log.csv, of numbers."""
+    """The lines of a run's log.csv, of numbers; what is empty is left out."""
     with open(run / "log.csv") as file:
-        return [{name: float(value) for name, value in line.items()}
+        return [{name: float(value) for name, value in line.items() if value}
                 for line in csv.DictReader(file)]
 
 
-def table(folder):
-    """The finished runs below a folder as a Markdown table."""
-    names = "run script dataset alpha epochs seed loss test raw untrained seconds".split()
-    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
-    for path in sorted(folder.glob("**/result*.json")):
-        config = json.loads((path.parent / "config.json").read_text())
-        if "train_examples" not in config:  # a run of an earlier version
-            continue
-        result, log = json.loads(path.read_text()), read_log(path.parent)
-        per_epoch = config["train_examples"] // config["batch_size"] * config["batch_size"]
-        seconds = sum(per_epoch / line["examples_per_s"] for line in log)
-        score = "test_r2" if "test_r2" in result else "test_accuracy"
-        scores = [result.get(name) for name in (score, f"raw_{score}", f"untrained_{score}")]
-        cells = [path.parent.relative_to(folder), config["script"], config["dataset"],
-                 config["alpha"], len(log), config["seed"], f"{log[-1]['loss']:.4f}",
-                 *("" if value is None else f"{value:.4f}" for value in scores), f"{seconds:,.0f}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def pictures(run):
-    """Write loss.svg, and tsne.svg of up to 2,000 representations before and after training."""
-    points = [(line["epoch"], line["loss"]) for line in read_log(run)]
-    (run / "loss.svg").write_text(svg([("loss", {"loss": points})]))
-    saved = np.load(run / "features.npz")
-    shown = np.flatnonzero(saved["test"]) if saved["test"].any() else np.arange(len(saved["test"]))
-    shown = np.random.default_rng(0).permutation(shown)[:2000]
-    labels = np.full(len(shown), "example")
-    if len(saved["classes"]):
-        labels = np.where(saved["label"][shown] < 0, "no label",
-                          saved["classes"][saved["label"][shown]])
-    panels = []
-    for title, name in (("before training", "untrained"), ("after training", "features")):
-        tsne = TSNE(init="pca", perplexity=min(30, (len(shown) - 1) / 3), random_state=0)
-        at = tsne.fit_transform(saved[name][shown])
-        panels.append((title, {label: at[labels == label].tolist() for label in np.unique(labels)}))
-    (run / "tsne.svg").write_text(svg(panels, dots=True))
-
-
-# ---------------------------------------------------------------------------- a plain SVG writer
 def svg(panels, dots=False):
     """Panels side by side, (title, {label: [(x, y), ...]}): lines over epochs, or dots and no axes.
     """
@@ -131,16 +86,55 @@ def ticks(values):
     return [round(k * step, 10) for k in range(first, last + 1)]
 
 
-def main():
-    if len(sys.argv) == 1:
-        print(table(Path("runs")))
-        return
-    run = Path(sys.argv[1])
-    if not (run / "features.npz").exists():
-        sys.exit(f"{run} holds no finished run with features.npz")
-    pictures(run)
-    print(f"{run / 'loss.svg'}, {run / 'tsne.svg'}")
+# ---------------------------------------------------------------------------- the idea
+def idea():
+    """i-Mix: two examples are mixed, and so are their virtual labels, two of N classes."""
+    parts = []
+
+    def line(path, colour=INK, width=1.5):
+        parts.append(f'<path d="{path}" stroke="{colour}" stroke-width="{width}" fill="none"/>')
+
+    def text(x, y, words, colour=INK):
+        parts.append(f'<text x="{x}" y="{y}" fill="{colour}" text-anchor="middle">{words}</text>')
+
+    def example(x, y, strokes):
+        line(f"M{x} {y}h64v64h-64z")
+        for i, (colour, width) in enumerate(strokes):
+            line(f"M{x + 10 + 11 * i} {y + 8}v48", colour, width)
+
+    def arrow(x, y, to_x, to_y):
+        line(f"M{x} {y}L{to_x} {to_y}m-7 -4l7 4l-7 4")
+
+    example(20, 20, [(BLUE, 4)] * 5)
+    example(20, 120, [(ORANGE, 4)] * 5)
+    text(52, 103, "x\u1d62")
+    text(52, 203, "x\u2c7c")
+    arrow(92, 52, 166, 94)
+    arrow(92, 152, 166, 114)
+    text(128, 58, "\u03bb", BLUE)
+    text(128, 166, "1 \u2212 \u03bb", ORANGE)
+    example(174, 72, [(BLUE, 4), (ORANGE, 2)] * 2 + [(BLUE, 4)])
+    text(212, 156, "\u03bb x\u1d62 + (1 \u2212 \u03bb) x\u2c7c")
+    arrow(248, 104, 286, 104)
+    line("M294 74h56v60h-56z")
+    text(322, 109, "f")
+    arrow(360, 104, 398, 104)
+
+    names = ["v\u2081", "v\u2082", "v\u1d62", "\u2026", "v\u2c7c", "\u2026", "v\u2099"]
+    shares = [0, 0, 0.7, 0, 0.3, 0, 0]
+    line("M412 150h250")
+    for k, (name, share) in enumerate(zip(names, shares)):
+        x, colour = 430 + 36 * k, BLUE if k == 2 else ORANGE
+        if share:
+            line(f"M{x} 150v{-110 * share}", colour, 14)
+        text(x, 168, name, colour if share else INK)
+    text(502, 62, "\u03bb", BLUE)
+    text(574, 106, "1 \u2212 \u03bb", ORANGE)
+    text(537, 195, "N classes: other views of the examples")
+    text(537, 30, "virtual label \u03bb v\u1d62 + (1 \u2212 \u03bb) v\u2c7c")
+    return "\n".join(['<svg xmlns="http://www.w3.org/2000/svg" width="690" height="212" '
+                      'font-family="sans-serif" font-size="14">', *parts, "</svg>", ""])
 
 
 if __name__ == "__main__":
-    main()
+    (Path(__file__).parent / "pictures" / "idea.svg").write_text(idea())
