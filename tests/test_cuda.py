@@ -111,7 +111,7 @@ FAULTS = {  # what a loss might do to embeddings f, and what then fails
     "index on the host": (lambda f: f[torch.arange(4)], "'index', 'npair_tabular.n_pair_loss'"),
     "select by a mask": (lambda f: f[f > 0], "nonzero"),
     "put by a mask": (lambda f: f.index_put((f > 0,), f), "'index_put', 'npair_tabular.n_pair"),
-    "round": (lambda f: f.bfloat16() @ f.bfloat16().T, "npair_tabular.n_pair_loss\nassert torch.bfloat16 =="),
+    "round": (lambda f: f.bfloat16() @ f.bfloat16().T, "n_pair_loss\nassert torch.bfloat16 =="),
 }
 
 
@@ -151,7 +151,8 @@ def test_going_on_from_a_checkpoint(monkeypatch, tmp_path, request, script, doma
 
 
 @fake
-@pytest.mark.parametrize("script, domain, options", [*SHORT, (moco_imix, "table", {"bn_groups": 1})])
+@pytest.mark.parametrize("script, domain, options", [
+    *SHORT, (moco_imix, "table", {"bn_groups": 1})])
 def test_batch_norm_is_that_of_all_processes(monkeypatch, request, script, domain, options):
     """SyncBatchNorm; but in MoCo's two groups, of two processes each has its own."""
     groups = getattr(script.Args(), "bn_groups", 1) == 2 and options.get("bn_groups") != 1
@@ -220,16 +221,6 @@ def test_linear_evaluation(request, script, domain):
             common.linear_eval(encoder, data, epochs=epochs, batch_size=512)
         waits.append(watch.waits)
     assert waits[0] == waits[1] and "read" in dict(waits[0])
-
-
-@fake
-def test_how_many_operators_draw_a_batch_of_views(request):
-    """Each costs a launch of a kernel, whatever the batch's size: both views are drawn at once."""
-    with fake_cuda() as watch:
-        data, _ = load(simclr_imix, "images", request)
-        watch.clear()
-        next(iter(common.TwoViews(data.x_train, data.view, 16)))
-    assert 0 < watch.launches.total() <= 213  # 194 when this was written
 
 
 # ----------------------------------------------------------------------- on a card

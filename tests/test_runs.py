@@ -77,8 +77,9 @@ def result_of(out):
 
 # ----------------------------------------------------------------------- recipes
 BASE = {"lr": 0.125, "weight_decay": 1e-4, "dim": 128, "seed": 0}
-IMAGE = BASE | {"no_augment": False, "alpha": 1.0, "mix": "mixup", "batch_size": 256, "schedule": "cosine",
-                "warmup_epochs": 10, "temperature": 0.2, "arch": "resnet50", "inputmix": False}
+IMAGE = BASE | {"alpha": 1.0, "mix": "mixup", "batch_size": 256, "schedule": "cosine",
+                "warmup_epochs": 10, "temperature": 0.2, "arch": "resnet50", "inputmix": False,
+                "no_augment": False}
 SPEECH = IMAGE | {"epochs": 500, "schedule": "step", "warmup_epochs": 5, "temperature": 0.5}
 COVTYPE = BASE | {"alpha": 2.0, "batch_size": 512, "epochs": 500, "schedule": "cosine",
                   "warmup_epochs": 5, "temperature": 0.1, "width": 64, "mask": 0.0}
@@ -145,16 +146,6 @@ def test_ones_own_table_has_a_recipe_of_its_own(script, table):
     """Alpha 2 and masking 0 are CovType's tuning: masking 0 would make both views the same."""
     args = script.parse_args([f"--dataset={table}"], common.describe)
     assert args.alpha == 1.0 and args.mask == 0.2 and args.width < 64 and args.batch_size < 512
-
-
-def test_a_folder_called_as_a_recipe_is_not_taken_for_it(images, tmp_path):
-    (tmp_path / "table").symlink_to(images)
-
-    def parse():
-        args = moco.parse_args(["--dataset=table"], common.describe)
-        assert args.arch == "resnet50" and args.alpha == 1.0
-
-    assert Child(parse, cwd=tmp_path).wait().rc == 0
 
 
 class Stop(Exception):
@@ -421,18 +412,6 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(script, sma
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path):
-    for script, lr in ((npair, "1e9"), (moco, "1e9"), (byol, "1e9")):
-        out = tmp_path / script.__name__
-        flags = [*TABLE, "--epochs=40", "--warmup-epochs=10", f"--lr={lr}", f"--out={out}"]
-        child = run(script, *flags)
-        assert child.rc == 0 or "--lr" in child.err and child.err.count("\n") == 1
-        if (out / "checkpoint.pt").exists():
-            state = torch.load(out / "checkpoint.pt", weights_only=True)
-            tensors = [t for t in torch.utils._pytree.tree_leaves(state) if torch.is_tensor(t)]
-            assert all(tensor.isfinite().all() for tensor in tensors)
-
-
 # ----------------------------------------------------------------------- bad input
 BAD_FLAGS = {
     npair: "--alpha=nan --alpha=inf --alpha=-1 --alpha=much --epochs=0 --epochs=1.5 --epochs= "
@@ -474,8 +453,8 @@ def test_bad_places_for_a_run(tmp_path, out):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("config.json", b""), ("config.json", b"{"), ("config.json", b"{}"), ("config.json", None), ("checkpoint.pt", b"no checkpoint"),
-    ("checkpoint.pt", b"")])
+    ("config.json", b""), ("config.json", b"{"), ("config.json", b"{}"), ("config.json", None),
+    ("checkpoint.pt", b"no checkpoint"), ("checkpoint.pt", b"")])
 def test_a_damaged_run_folder(tmp_path, name, content):
     flags = [*TABLE, "--epochs=1", f"--out={tmp_path}"]
     succeed(npair, *flags, before=quick)
@@ -527,12 +506,6 @@ def test_the_help_tells_every_flag(script):
     for field in dataclasses.fields(script.Args):
         assert f"--{field.name.replace('_', '-')}" in shown and field.metadata["help"]
     assert "fcntl" not in Path(script.__file__).read_text()  # which Windows has not
-
-
-def test_a_command_that_goes_wrong_ends_the_interpreter_with_2(tmp_path):
-    done = subprocess.run([sys.executable, npair.__file__, "--alpha=nan"], capture_output=True,
-                          text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
 
 
 def test_the_readmes_python_runs(tmp_path):

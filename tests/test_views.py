@@ -137,25 +137,6 @@ def test_color_jitter_in_every_order(x):
         assert worst([ours[i]], [image]) < 1e-4, orders[i]
 
 
-def test_uint8_images_within_rounding(x):
-    """torchvision rounds uint8 images after each transform, ours never: 1/255 a transform."""
-    raw = (x * 255).round().byte()
-    for part in range(3):
-        ours = common.color_jitter(raw / 255, *one_part(part, torch.tensor(1.3)))
-        theirs = [THEIRS[part](image, 1.3) / 255 for image in raw]
-        assert worst(ours, theirs) <= 1.01 / 255
-
-    ours = common.adjust_hue(raw / 255, torch.full((N,), 0.07))
-    theirs = [TF.adjust_hue(image, 0.07) / 255 for image in raw]
-    assert worst(ours, theirs) <= 2.01 / 255
-
-    top, left, height, width = torch.tensor([[3.0, 4, 20, 15]]).expand(N, 4).unbind(1)
-    no_flip = torch.zeros(N, dtype=torch.bool)
-    ours = common.resized_crop(raw / 255, top, left, height, width, no_flip, SIZE)
-    theirs = [TF.resized_crop(image, 3, 4, 20, 15, [SIZE, SIZE]) / 255 for image in raw]
-    assert worst(ours, theirs) <= 1.01 / 255
-
-
 # ----------------------------------------------------------------------- how they are drawn
 def test_crop_parameters_follow_torchvisions_distribution():
     ours = torch.stack(common.random_resized_crop(100_000, SIZE, CPU), dim=1)
@@ -223,15 +204,6 @@ def test_view_applies_its_parts_as_often_as_torchvision(monkeypatch):
 
     gray = (view.amax(dim=1) - view.amin(dim=1)).amax(dim=(1, 2)) < 1e-6
     assert abs(gray.float().mean() - 0.2) < 0.03
-
-
-def test_two_views_of_an_image_are_independent(x):
-    images = x[10:11].expand(2000, 3, SIZE, SIZE)
-    (view, view_tilde), = common.TwoViews(images, common.image_view, 2000)
-    assert view.shape == (2000, 3, SIZE, SIZE)
-    means = torch.stack([view.mean(dim=(1, 2, 3)), view_tilde.mean(dim=(1, 2, 3))])
-    assert means.std(dim=1).min() > 0.02
-    assert means.corrcoef()[0, 1].abs() < 0.08
 
 
 def test_one_channel_is_cropped_and_brightened_but_not_flipped():
@@ -333,31 +305,15 @@ def test_log_mel_is_librosas_definition():
         assert error.max() < 0.5  # 80 dB below, where float32 ends
 
 
-@pytest.mark.parametrize("hertz", [200, 440, 1000, 3000, 7000])
-def test_a_tone_is_loudest_in_its_band(hertz):
-    level = log_mel(float32(tone(hertz)))[0, 0]
-    band = mel_of(hertz) / mel_of(8000) * 33 - 1
-    assert abs(level.mean(1).argmax() - band) <= 0.6
-
-
 def test_zeros_are_flat():
     assert log_mel(torch.zeros(2, 16000)).abs().max() == 0
 
 
-def pitch(x):
-    """The strongest frequency of each clip, in periods over its length."""
-    return torch.fft.rfft(x).abs().argmax(1)
-
-
-def test_speed_changes_pitch_and_length():
+def test_speed_is_linear_interpolation():
     x = float32(tone(500)).expand(4, 16000)
     speed = [2.0, 1.0, 0.8, 1.25]
     y = common.change_speed(x, torch.tensor(speed))
     assert torch.equal(y[1], x[1])
-    assert pitch(y[:1, :8000]).item() == 1000 / 2  # over half a second
-    assert pitch(y[2:3]).item() == 400
-    assert pitch(y[3:, :12800]).item() == 625 * 0.8
-    assert y[0, 8000:].abs().max() == 0 and y[3, 12801:].abs().max() == 0  # past the end
     samples = np.append(tone(500), 0)
     for i in range(4):
         at = np.arange(16000) * speed[i]
@@ -378,27 +334,6 @@ def test_stretch_has_the_magnitudes_of_torchaudios_phase_vocoder(rate):
     for i in (0, 2):
         torch.testing.assert_close(ours[i, :frames], expected[i, :frames], atol=5e-4, rtol=1e-4)
         assert not ours[i, frames:].any()
-
-
-def test_stretch_keeps_the_pitch_and_moves_the_end():
-    x = torch.zeros(2, 16000)
-    x[:, :8192] = float32(tone(1000, 8192 / 16000))  # 16 frames of a tone, then silence
-    rate = torch.tensor([0.8, 1.2])
-    power = common.stretch_and_shift(common.stft(x).abs(), rate, torch.zeros(2)).square()
-    assert (power.sum(1).argmax(1) == 128).all()  # bin 128 is 1,000 Hz
-    level = power.sum(2)  # of each frame
-    for i in range(2):
-        loud = level[i] > level[i].max() / 4
-        end = loud.nonzero().max().item() + 1
-        assert abs(end - 16 / rate[i]) <= 1
-
-
-def test_shift_moves_a_click_by_frames():
-    x = torch.zeros(3, 16000)
-    x[:, 16 * 512] = 1  # in the middle of frame 16
-    shift = torch.tensor([0.0, 5.0, -8.0])
-    moved = common.stretch_and_shift(magnitude(x), torch.ones(3), shift)
-    assert moved.sum(2).argmax(1).tolist() == [16, 11, 24]
 
 
 def test_a_shortened_clip_is_cut_before_it_is_shifted():
@@ -457,14 +392,8 @@ def fix(monkeypatch, **shares):
 @pytest.fixture
 def powers(monkeypatch):
     """The powers that log_mel is called with, in a list."""
-    seen = []
-    inner = common.log_mel
-
-    def keep(power):
-        seen.append(power)
-        return inner(power)
-
-    monkeypatch.setattr(common, "log_mel", keep)
+    seen, inner = [], common.log_mel
+    monkeypatch.setattr(common, "log_mel", lambda power: seen.append(power) or inner(power))
     return seen
 
 
@@ -527,18 +456,6 @@ def test_the_phase_between_clip_and_noise(monkeypatch, powers, cycles, share):
     monkeypatch.setattr(torch, "rand_like", lambda m: torch.full_like(m, cycles))
     common.speech_view(x[:1], x[:1])
     torch.testing.assert_close(powers[0].sqrt(), share * magnitude(x[:1]), atol=2e-2, rtol=1e-3)
-
-
-def test_noise_has_the_share_that_it_is_given(monkeypatch, powers):
-    """Phases are as likely as one another, so powers add up: (1 - share)^2 and share^2 of each."""
-    clips, noise = torch.randn(200, 16000), 2 * torch.randn(200, 16000)
-    with monkeypatch.context() as patch:
-        fix(patch, noise=1.0)
-        patch.setattr(torch, "rand_like", lambda m: m.clone().uniform_())
-        common.speech_view(clips, noise)
-    expected = 0.55**2 * magnitude(clips).square().mean()
-    expected += 0.45**2 * magnitude(noise).square().mean()
-    torch.testing.assert_close(powers[0].mean(), expected, rtol=0.01, atol=0)
 
 
 def test_each_is_drawn_for_half_of_the_clips(monkeypatch):
