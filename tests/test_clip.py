@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import nn
 
 import simclr_imix
@@ -19,25 +18,16 @@ PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 NEVER_SEEN = [(colour, SHAPES[i % 5]) for i, colour in enumerate(COLOURS)]
 
 
-def draw(colour, shape, rng, size=16):
-    """A shape of random size and place, (3, size, size), on a dark ground."""
-    image = Image.new("RGB", (size, size), tuple(rng.integers(0, 60, 3).tolist()))
-    pen, r = ImageDraw.Draw(image), int(rng.integers(4, 7))
-    x, y = rng.integers(r + 1, size - r - 1, 2).tolist()
-    ink = tuple(np.clip(np.array(COLOURS[colour]) + rng.integers(-25, 26, 3), 0, 255).tolist())
-    box = x - r, y - r, x + r, y + r
-    if shape == "circle":
-        pen.ellipse(box, fill=ink)
-    elif shape == "square":
-        pen.rectangle(box, fill=ink)
-    elif shape == "triangle":
-        pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=ink)
-    elif shape == "cross":
-        pen.line(box, fill=ink, width=2)
-        pen.line((x - r, y + r, x + r, y - r), fill=ink, width=2)
-    else:
-        pen.ellipse(box, outline=ink, width=2)
-    return np.asarray(image).transpose(2, 0, 1)
+def draw(colour, shape, rng):
+    """A shape of random size and place, (3, 16, 16), on a dark ground."""
+    r = rng.integers(4, 7)
+    x, y = np.ogrid[:16, :16] - rng.integers(r, 16 - r, (2, 1, 1))  # from its middle
+    ink = np.clip(COLOURS[colour] + rng.integers(-25, 26, 3), 0, 255)
+    inside = {"circle": x**2 + y**2 <= r**2, "square": np.maximum(abs(x), abs(y)) <= r,
+              "triangle": (abs(y) <= r) & (2 * abs(x) <= y + r),
+              "cross": (abs(abs(x) - abs(y)) <= 1) & (abs(x) <= r),
+              "ring": abs(np.hypot(x, y) - r) <= 1}[shape]
+    return np.where(inside, ink[:, None, None], rng.integers(0, 60, (3, 1, 1)))
 
 
 def examples(pairs, n, rng):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from fake_cuda import DEVICE, fake_cuda
+from small import Stop, every_script, stop
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map_only
@@ -30,7 +31,6 @@ fake = pytest.mark.skipif(CARD or not torch.backends.cuda.is_built(),
 on_card = pytest.mark.skipif(not CARD, reason="needs a card, which test_on_a_card shows")
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
-SCRIPTS = [npair_tabular, simclr_imix, moco_imix, byol_imix]
 AMPS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = [(npair_tabular, "table", {}), (npair_tabular, "table", {"alpha": 0.0}),
          (npair_tabular, "table", {"supervised": True}),
@@ -179,15 +179,11 @@ def test_batch_norm_is_that_of_all_processes(monkeypatch, request, script, domai
     assert seen == {"own" if groups else "synchronised"}
 
 
-class Stop(Exception):
-    pass
-
-
 @fake
 @pytest.mark.parametrize("device, env, index", [
     ("auto", {}, 0), ("cuda", {}, 0), ("cuda:1", {}, 1),
     ("auto", {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, 1)])
-@pytest.mark.parametrize("script", SCRIPTS)
+@every_script
 def test_each_process_takes_a_card(monkeypatch, script, device, env, index):
     """torch.cuda.set_device needs an index."""
     cards, joined = [], []
@@ -274,9 +270,6 @@ def test_a_card_goes_on_from_a_checkpoint(tmp_path, request, script, domain, opt
         for part, last in enumerate(epochs):
             torch.manual_seed(0)
             data, nets = load(script, domain, request, device)
-
-            def stop():
-                raise Stop
 
             args = script.Args(epochs=last, dim=16, amp=amp, eval_every=2, **options)
             loader = common.TwoViews(data.x_train[:16], data.view, 8)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The networks at the recipes' sizes, layer by layer, and what each script builds of them."""
 
-import math
-
 import pytest
 import torch
 import torchvision
+from small import Stop
 from torch import nn
 
 import byol_imix as byol
@@ -83,10 +82,6 @@ HEAD = [*linear(512, 512), *batch_norm(512), *linear(512, 128)]  # of a ResNet-1
 PREDICTOR = [*linear(128, 512), *batch_norm(512), *linear(512, 128)]
 TABLE_HEAD = [*linear(64, 64), *batch_norm(64), *linear(64, 128), *batch_norm(128)]  # w = 2
 TABLE_PREDICTOR = [*linear(128, 64), *batch_norm(64), *linear(64, 128), *batch_norm(128)]
-
-
-class Stop(Exception):
-    pass
 
 
 @pytest.mark.parametrize("script, domain, flags, expected", [

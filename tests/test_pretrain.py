@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, Child
+from small import (SCRIPTS, Stop, assert_same, every_script, losses, recipe, setup, stop,
+                   without_rate)
 from torch import nn
 
 import byol_imix as byol
@@ -20,62 +22,6 @@ import common
 import moco_imix as moco
 import npair_tabular as npair
 import simclr_imix as simclr
-
-SCRIPTS = [npair, simclr, moco, byol]
-every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-
-
-class Views:
-    """Batches of two random views of x; with y (classes) or sizes (of each batch), too."""
-
-    def __init__(self, x, sizes=(16, 16, 16), y=None):
-        self.x, self.sizes, self.y = x, sizes, y
-
-    def __len__(self):
-        return len(self.sizes)
-
-    def __iter__(self):
-        for size in self.sizes:
-            index = torch.randperm(len(self.x))[:size]
-            views = [self.x[index] * (torch.rand_like(self.x[index]) > 0.2) for _ in range(2)]
-            yield views if self.y is None else (*views, self.y[index])
-
-
-def setup(script, seed=0, dim=8, **rest):
-    """The script's networks, small, and a loader of 3 batches: rest, of Views."""
-    torch.manual_seed(seed)
-    if script is simclr:
-        encoder = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
-        nets, x = [encoder, script.projection_head(32, dim)], torch.randn(64, 1, 4, 4)
-    else:
-        nets = [script.MLP5Layer([4, 2], 1), script.projection_head(32, dim)]
-        x = torch.randn(64, 6)
-    if script is byol:
-        nets.append(script.prediction_head(dim, 32))
-    return *nets, Views(x, **rest)
-
-
-def recipe(script, **options):
-    """Args of 4 epochs for setup()."""
-    of_moco = {"queue": 40, "ema": 0.9, "bn_groups": 1} if script is moco else {}
-    return script.Args(**{"epochs": 4, "lr": 0.8, "warmup_epochs": 1, "dim": 8} | of_moco | options)
-
-
-def losses(log):
-    return [row["loss"] for row in log]
-
-
-def without_rate(out):
-    """The rows of log.csv without examples_per_s, which is the last column."""
-    return [row.rsplit(",", 1)[0] for row in (out / "log.csv").read_text().splitlines()]
-
-
-class Stop(Exception):
-    pass
-
-
-def stop():
-    raise Stop
 
 
 @pytest.fixture
@@ -87,6 +33,7 @@ def float64(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
+# ----------------------------------------------------------------------- the paper's loop
 # ----------------------------------------------------------------------- the paper's loop
 def cross_entropy(a, b, v, tau):
     """Of cosine similarities with the labels v (N, classes)."""
@@ -194,8 +141,6 @@ def test_learning_rate_at_its_corners():
     args = npair.Args(lr=1.0, epochs=100, warmup_epochs=10)
     rates = [npair.learning_rate(step, 1, args) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1 and rates[55] == pytest.approx(0.5)
-    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
-    assert 0 < rates[99] < 0.001
     args = npair.Args(lr=0.5, epochs=500, warmup_epochs=5, schedule="step")
     rates = [npair.learning_rate(step, 3, args) for step in range(1500)]
     assert rates[:2] == [0.5 / 15, 1.0 / 15] and set(rates[14:900]) == {0.5}
@@ -321,50 +266,33 @@ def test_going_on_from_a_checkpoint_is_bit_exact(tmp_path, script, options):
     assert_same(dict(weights[0]), dict(whole[0].state_dict()))
 
 
-def assert_same(a, b):
-    """Two trees of tensors, bit for bit."""
-    leaves = [torch.utils._pytree.tree_flatten(tree) for tree in (a, b)]
-    assert leaves[0][1] == leaves[1][1]
-    for one, other in zip(leaves[0][0], leaves[1][0], strict=True):
-        assert torch.equal(one, other) if torch.is_tensor(one) else one == other
-
-
-def momentum(state):
-    return next(iter(state["optimizer"]["state"].values()))
-
-
-DAMAGES = {
-    "empty": lambda raw, path: path.write_bytes(b""),
-    "text": lambda raw, path: path.write_bytes(b"hello"),
-    "cut": lambda raw, path: path.write_bytes(raw[: len(raw) // 2]),
-    "code": lambda raw, path: torch.save({"model": Path}, path),
-    "a list": lambda raw, path: torch.save([1, 2], path),
-    "no key": lambda raw, path: change(path, lambda state: state.pop("optimizer")),
-    "other weights": lambda raw, path: change(path, lambda state: widen(state, "0.")),
-    "another momentum": lambda raw, path: change(path, lambda state: momentum(state).update(
-        momentum_buffer=torch.zeros(3, 3)))}
-
-
-def change(path, change):
+def damaged(how, path, tmp_path):
+    """Damage the checkpoint in one of these ways."""
     state = torch.load(path, weights_only=True)
-    change(state)
+    weights = next(iter(state.values()))
+    if how == "cut":
+        return path.write_bytes(path.read_bytes()[:-1000])
+    if how == "no key":
+        state.pop("optimizer")
+    elif how == "other weights":
+        weights[next(iter(weights))] = torch.zeros(3, 3)
+    elif how == "another momentum":
+        state["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3, 3)
+    elif how == "code":
+        class Evil:
+            def __reduce__(self):
+                return (tmp_path / "done").touch, ()
+        state["log"] = Evil()
     torch.save(state, path)
 
 
-def widen(state, part):
-    weights = state["model" if "model" in state else "online"]
-    name = next(name for name in weights if name.startswith(part))
-    weights[name] = torch.zeros(3, 3)
-
-
-@pytest.mark.parametrize("script, damage", [
-    *((npair, damage) for damage in DAMAGES), *((script, damage) for script in SCRIPTS[1:]
-                                                for damage in ("cut", "another momentum"))],
-    ids=lambda value: getattr(value, "__name__", value))
-def test_what_is_no_checkpoint_of_these_networks_is_refused(tmp_path, script, damage):
+@every_script
+@pytest.mark.parametrize("how", ["cut", "no key", "other weights", "another momentum", "code"])
+def test_what_is_no_checkpoint_of_these_networks_is_refused(tmp_path, script, how):
+    """In a fork: a fused step past a tensor's end may end the process. No pickle's code is run."""
     path = tmp_path / "checkpoint.pt"
     script.pretrain(*setup(script), recipe(script, epochs=2), tmp_path)
-    DAMAGES[damage](path.read_bytes(), path)
+    damaged(how, path, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
     def go_on():
@@ -372,22 +300,9 @@ def test_what_is_no_checkpoint_of_these_networks_is_refused(tmp_path, script, da
             script.pretrain(*setup(script), recipe(script), tmp_path)
         assert str(error.value).count("\n") == 0
 
-    child = Child(go_on).wait()  # a fork, as a fused step past a tensor's end would end this process
+    child = Child(go_on).wait()
     assert child.rc == 0, child.err
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-
-
-def test_a_checkpoint_runs_no_code(tmp_path):
-    """Not even such as a pickle could run before its end is found to be damaged."""
-    class Evil:
-        def __reduce__(self):
-            return (tmp_path / "done").touch, ()
-
-    for script in SCRIPTS:
-        torch.save({"model": Evil()}, tmp_path / "checkpoint.pt")
-        with pytest.raises((OSError, ValueError)):
-            script.pretrain(*setup(script), recipe(script), tmp_path)
-        assert not (tmp_path / "done").exists()
 
 
 # ----------------------------------------------------------------------- the log

@@ -12,14 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Child, refuse, run, start, succeed
-from test_pretrain import assert_same, without_rate
+from small import (FILES, TABLE, Stop, assert_same_run, every_epoch_is_saved, every_script,
+                   quick, result_of, small, without_rate)
 
 import byol_imix as byol
 import common
@@ -27,39 +27,7 @@ import moco_imix as moco
 import npair_tabular as npair
 import simclr_imix as simclr
 
-SCRIPTS = [npair, simclr, moco, byol]
-every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 KILLS = int(os.environ.get("KILLS", 2))  # a script, at random moments; KILLS=20 for more
-TABLE = ["--dataset=digits", "--width=1", "--batch-size=128"]
-FILES = {"checkpoint.pt", "config.json", "data.json", "encoder.pt", "log.csv", "result.json"}
-
-
-def quick():
-    """A linear evaluation of two epochs, and the first of four stages of a ResNet."""
-    inner = common.linear_eval
-
-    def linear_eval(*args, **options):
-        return inner(*args, **options | {"epochs": 2})
-
-    common.linear_eval = linear_eval
-    for script in (simclr, moco, byol):
-        def resnet(arch, channels, size, inner=script.resnet):
-            net = inner(arch, channels, size)
-            net.layer3 = net.layer4 = torch.nn.Identity()
-            net.size = 128
-            return net
-
-        script.resnet = resnet
-
-
-@pytest.fixture
-def small(request, images):
-    """The flags of a small run of a script, with quick()."""
-    def flags(script):
-        if script is simclr:
-            return [f"--dataset={images}", "--image-size=8", "--batch-size=8", "--arch=resnet18"]
-        return TABLE
-    return flags
 
 
 @pytest.fixture(scope="session")
@@ -69,10 +37,6 @@ def table(tmp_path_factory):
     rows = [f"{i * i % 17 / 3},{i % 5},{'ab'[i % 2]}" for i in range(60)]
     path.write_text("\n".join(["p,q,kind", *rows]) + "\n")
     return path
-
-
-def result_of(out):
-    return json.loads((out / "result.json").read_text()) | {"seconds": 0}
 
 
 # ----------------------------------------------------------------------- recipes
@@ -148,12 +112,8 @@ def test_ones_own_table_has_a_recipe_of_its_own(script, table):
     assert args.alpha == 1.0 and args.mask == 0.2 and args.width < 64 and args.batch_size < 512
 
 
-class Stop(Exception):
-    pass
-
-
 @every_script
-def test_flags_reach_the_loop(script, monkeypatch, tmp_path, small):
+def test_flags_reach_the_loop(script, monkeypatch, tmp_path, images):
     calls = []
 
     def pretrain(*args):
@@ -174,7 +134,7 @@ def test_flags_reach_the_loop(script, monkeypatch, tmp_path, small):
              for name, value in values.items()]
     for name, more in (("plain", []), ("with", flags)):
         with pytest.raises(Stop):
-            script.main([*small(script), f"--out={tmp_path / name}", *more])
+            script.main([*small(script, images), f"--out={tmp_path / name}", *more])
     (*plain_nets, _, _, _, _), (*nets, loader, args, out, _) = calls
     assert values.items() <= vars(args).items() and out == tmp_path / "with"
     first, first_plain = (next(net.parameters()) for net in (nets[0], plain_nets[0]))
@@ -239,11 +199,11 @@ def test_it_learns(script, flags, tmp_path):
 
 
 @every_script
-def test_the_default_folder_tells_the_run(script, small, tmp_path):
+def test_the_default_folder_tells_the_run(script, images, tmp_path):
     """Twice with another seed, alpha or size: three folders, named by what differs."""
     size = "--arch=resnet34" if script is simclr else "--width=2"
     for flags in ([], ["--seed=3"], ["--alpha=0.25"], [size]):
-        succeed(script, *small(script), "--epochs=1", *flags, cwd=tmp_path, before=quick)
+        succeed(script, *small(script, images), "--epochs=1", *flags, cwd=tmp_path, before=quick)
     names = [path.name for path in (tmp_path / "runs").iterdir()]
     assert len(names) == 4
     for part in ("seed3", "alpha0.25", "resnet34" if script is simclr else "width2"):
@@ -252,10 +212,10 @@ def test_the_default_folder_tells_the_run(script, small, tmp_path):
 
 
 @every_script
-def test_a_run_is_gone_on_with_or_left_alone(script, small, tmp_path):
+def test_a_run_is_gone_on_with_or_left_alone(script, images, tmp_path):
     """Without --resume, or with another recipe, which is named; nothing in the folder changes."""
     out = tmp_path / "run"
-    flags = [*small(script), "--epochs=2", f"--out={out}"]
+    flags = [*small(script, images), "--epochs=2", f"--out={out}"]
     succeed(script, *flags, before=quick)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "--resume" in refuse(script, *flags)
@@ -289,14 +249,14 @@ def test_the_same_data_elsewhere_and_other_data(tmp_path, table):
 
 
 @every_script
-def test_a_folder_without_a_checkpoint_is_begun_anew(script, small, tmp_path):
+def test_a_folder_without_a_checkpoint_is_begun_anew(script, images, tmp_path):
     """As after Ctrl-C in the first epoch: with other flags, and without --resume."""
     def interrupted():
         def mixup(*_):
             raise KeyboardInterrupt
         script.mixup = mixup
 
-    flags = [*small(script), "--epochs=2", f"--out={tmp_path}"]
+    flags = [*small(script, images), "--epochs=2", f"--out={tmp_path}"]
     assert run(script, *flags, before=interrupted).rc != 0
     assert (tmp_path / "config.json").exists() and not (tmp_path / "checkpoint.pt").exists()
     succeed(script, *flags, "--lr=0.03", before=quick)
@@ -304,12 +264,6 @@ def test_a_folder_without_a_checkpoint_is_begun_anew(script, small, tmp_path):
 
 
 # ----------------------------------------------------------------------- kill and resume
-def every_epoch_is_saved(script):
-    """By a clock on which saving takes no time beside what follows."""
-    script.time = types.SimpleNamespace(
-        monotonic=map(lambda k: 200**k, itertools.count()).__next__)
-
-
 def killed_at(number, script):
     """What makes a Child kill itself just before it renames its file of this number."""
     def before():
@@ -326,23 +280,10 @@ def killed_at(number, script):
     return before
 
 
-def assert_same_run(whole, other):
-    """Checkpoint, encoder, log but for the rate, and result: bit for bit."""
-    states = [torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, other)]
-    for state in states:
-        for row in state["log"]:
-            row.pop("examples_per_s")
-    assert_same(*states)
-    assert_same(*(torch.load(out / "encoder.pt", weights_only=True) for out in (whole, other)))
-    assert without_rate(whole) == without_rate(other)
-    assert result_of(whole) == result_of(other)
-    assert not list(other.glob("*.tmp"))
-
-
 @every_script
-def test_killed_between_two_files_and_resumed(script, small, tmp_path):
+def test_killed_between_two_files_and_resumed(script, images, tmp_path):
     """At every file of two epochs that is renamed into its place; but for npair, every third."""
-    flags = [*small(script), "--epochs=2", "--eval-every=1", "--queue=300"]
+    flags = [*small(script, images), "--epochs=2", "--eval-every=1", "--queue=300"]
     flags = flags if script is moco else flags[:-1]
     whole = tmp_path / "whole"
     succeed(script, *flags, f"--out={whole}", before=quick)
@@ -360,8 +301,8 @@ def test_killed_between_two_files_and_resumed(script, small, tmp_path):
 @pytest.mark.parametrize("script, flags", [
     (npair, "--epochs=30"), (simclr, "--epochs=12 --mix=cutmix"), (moco, "--epochs=20"),
     (byol, "--epochs=20")], ids=lambda value: getattr(value, "__name__", ""))
-def test_killed_at_any_moment_and_resumed(script, flags, small, tmp_path):
-    flags = [*small(script), *flags.split()]
+def test_killed_at_any_moment_and_resumed(script, flags, images, tmp_path):
+    flags = [*small(script, images), *flags.split()]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     begin = time.monotonic()
     succeed(script, *flags, f"--out={whole}", before=quick)
@@ -390,8 +331,8 @@ def test_ctrl_c_ends_it_and_it_goes_on(tmp_path):
 
 
 @every_script
-def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(script, small, tmp_path):
-    flags = [*small(script), f"--out={tmp_path}"]
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(script, images, tmp_path):
+    flags = [*small(script, images), f"--out={tmp_path}"]
 
     def fills_up():
         quick()
@@ -430,9 +371,9 @@ BAD_FLAGS = {
 @pytest.mark.parametrize("script, flag", [(script, flag) for script, flags in BAD_FLAGS.items()
                                           for flag in flags.split()],
                          ids=lambda value: getattr(value, "__name__", value))
-def test_bad_flags(script, flag, tmp_path, small):
+def test_bad_flags(script, flag, tmp_path, images):
     """One line that names the flag or its value, and no folder."""
-    flags = [] if flag.startswith("--dataset") else small(script)
+    flags = [] if flag.startswith("--dataset") else small(script, images)
     line = refuse(script, *flags, "--epochs=1", flag, cwd=tmp_path)
     name, _, value = flag.partition("=")
     assert name in line or (value or name) in line
@@ -442,8 +383,8 @@ def test_bad_flags(script, flag, tmp_path, small):
 @pytest.mark.parametrize("script, flags", [
     (simclr, "--loss=nt-xent --supervised --alpha=0"), (simclr, "--loss=barlow-twins --supervised"),
     (moco, "--mix=cutmix"), (byol, "--mix=cutmix"), (moco, "--bn-groups=200")])
-def test_flags_that_do_not_go_together(script, flags, small, tmp_path):
-    refuse(script, *small(script), "--epochs=1", *flags.split(), cwd=tmp_path)
+def test_flags_that_do_not_go_together(script, flags, images, tmp_path):
+    refuse(script, *small(script, images), "--epochs=1", *flags.split(), cwd=tmp_path)
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "/proc/nothing", "/dev/null"])

@@ -13,16 +13,14 @@ import torch
 import torch.distributed as dist
 import whole_batch
 from conftest import Child, free_port, refuse, run_two, start, start_two, succeed
-from test_pretrain import Stop, recipe, setup, stop, without_rate
-from test_runs import FILES, TABLE, assert_same_run, quick, result_of
+from small import (FILES, TABLE, Stop, assert_same_run, every_script, quick, recipe, result_of,
+                   setup, small, stop, without_rate)
 
 import byol_imix as byol
 import moco_imix as moco
 import npair_tabular as npair
 import simclr_imix as simclr
 
-SCRIPTS = [npair, simclr, moco, byol]
-every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 CASES = {
     "npair": (npair, {}), "npair-supervised": (npair, {"supervised": True}),
     "simclr-cutmix": (simclr, {"mix": "cutmix"}),
@@ -98,12 +96,6 @@ def test_two_processes_equal_one(folder, case, many):
 
 
 # ----------------------------------------------------------------------- commands
-def flags_of(script, images):
-    if script is simclr:
-        return [f"--dataset={images}", "--image-size=8", "--batch-size=8", "--arch=resnet18"]
-    return TABLE
-
-
 def two(script, *flags, **options):
     """The Children of a command in two processes, not yet at their end."""
     def call(rank):
@@ -123,7 +115,7 @@ def end_well(children):
 @every_script
 def test_a_run_of_two_processes(tmp_path, script, images):
     """One run folder, each line once; and one process goes on with it."""
-    flags = [*flags_of(script, images), "--epochs=2", "--eval-every=1", f"--out={tmp_path}"]
+    flags = [*small(script, images), "--epochs=2", "--eval-every=1", f"--out={tmp_path}"]
     shown, of_the_other = end_well(two(script, *flags))
     assert shown.count("epoch 1/2") == shown.count("epoch 2/2") == 1
     assert "epoch 1" not in of_the_other
@@ -141,7 +133,7 @@ def test_on_the_cpu_each_process_says_that_batch_norm_sees_its_own_rows(tmp_path
 @every_script
 def test_two_processes_killed_and_resumed(tmp_path, script, images):
     """Both killed, or one alone, which ends the other; then they go on, to the bit."""
-    flags = [*flags_of(script, images), "--epochs=8"]
+    flags = [*small(script, images), "--epochs=8"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     end_well(two(script, *flags, f"--out={whole}"))
     moments = random.Random(0)
