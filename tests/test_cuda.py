@@ -216,7 +216,7 @@ def test_linear_evaluation(request, script, domain):
             watch.clear()
             common.linear_eval(encoder, data, epochs=epochs, batch_size=512)
         waits.append(watch.waits)
-    assert waits[0] == waits[1] and "read" in dict(waits[0])
+    assert waits[0] == waits[1] != []
 
 
 # ----------------------------------------------------------------------- on a card
