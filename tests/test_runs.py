@@ -339,7 +339,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(script, ima
         inner, numbers = torch.save, itertools.count(1)
 
         def save(state, path):
-            if next(numbers) == 5:  # of each epoch there are two
+            if next(numbers) == 6:  # the third epoch's checkpoint, after its encoder
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
             inner(state, path)
 
