@@ -241,12 +241,6 @@ def test_mixups_lam_is_a_folded_beta(alpha):
     assert abs(torch.stack([lam, lam.roll(1)]).corrcoef()[0, 1]) < 0.01  # one of each example
 
 
-def test_extreme_alphas_are_finite():
-    for alpha in (1e-4, 1e4):
-        x_mix, _, lam = npair.mixup(torch.randn(1000, 3), alpha)
-        assert x_mix.isfinite().all() and lam.min() >= 0.5 and lam.max() <= 1
-
-
 @pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("shape", [(8, 8), (9, 13)])
 def test_cutmix_pastes_one_box_and_lam_is_the_share_of_pixels_kept(alpha, shape):
@@ -306,17 +300,6 @@ def test_cutmixs_middle_is_any_pixel_alike(monkeypatch):
             row, column = (pasted.any(dim=d).nonzero().max() for d in (1, 0))
             counts[row, column] += 1  # the middle is the last row and column of its box
     assert counts.min() > 80 and counts.max() < 180  # 125 on average
-
-
-def test_inputmix_by_hand(monkeypatch):
-    """Shares 1/2 + d_0/2, d_1/2 and d_2/2 of an example and its two partners."""
-    d = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    partners = iter([torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])])
-    monkeypatch.setattr(torch.distributions.Dirichlet, "sample", lambda self: d)
-    monkeypatch.setattr(torch, "randperm", lambda n, **_: next(partners))
-    x = torch.tensor([[1.0], [10.0], [100.0]])
-    expected = [0.6 * 1 + 0.15 * 10 + 0.25 * 100, 10.0, 0.5 * 100 + 0.5 * 10]
-    assert simclr.inputmix(x, 1.0).flatten().tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 4.0])
