@@ -8,9 +8,7 @@ help:
 	@echo "make demo     N-pair without and with i-Mix on CovType, side by side (minutes on a CPU)"
 	@echo "make test     the tests"
 	@echo "make bench    the benchmarks, on the device at hand"
-	@echo "make study    the runs of the README's results, two at a time (six hours on two cores)"
-	@echo "make table    the finished runs under runs/"
-	@echo "make pictures RUN=runs/...  loss.svg and tsne.svg of a run, into its folder"
+	@echo "make study    the runs of the README's results (a day on two cores; on a card the paper's scale)"
 	@echo "make covtype  UCI's Covertype into data/"
 	@echo "make setup    .venv with what requirements.txt lists (the targets above do it where they need it)"
 	@echo "make clean    remove .venv, runs/demo-* and caches; data/ and other runs stay"
@@ -53,16 +51,10 @@ test: setup
 study: setup covtype
 	$(PY) tests/study.py
 
-table: setup
-	@$(PY) tests/runs.py
-
-pictures: setup
-	$(PY) tests/runs.py $(or $(RUN),$(error say which run: make pictures RUN=runs/...))
-
 bench: setup
 	for bench in tests/bench_*.py; do $(PY) $$bench || exit 1; done
 
 clean:
 	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__ runs/demo-alpha0 runs/demo-alpha2 data/.covtype
 
-.PHONY: help setup covtype demo test study table pictures bench clean
+.PHONY: help setup covtype demo test study bench clean

@@ -47,13 +47,13 @@ def main():
         return [net.to(DEVICE) for net in nets]
 
     print(f"w = {flags.width}, N = {N}, K = {K}, {where()}, medians of {flags.rounds} rounds")
-    for script, own in ((moco, {"queue": K}), (byol, {})):
+    for script, own in ((moco, {"queue": K, "bn_groups": 1}), (byol, {})):
         model = nn.Sequential(*networks(script)[:2])
         ema = copy.deepcopy(model)
         parts = {
             "loss": lambda: moco.moco_loss(f, f_ema, queue, 0.1, perm, lam).backward(),
             "EMA": lambda: script.update_ema(ema, model, 0.999),
-            "queue": lambda: moco.enqueue(queue, f_ema),
+            "queue": lambda: torch.cat([F.normalize(f_ema, dim=1), queue])[: len(queue)],
         }
         if script is byol:
             parts = {"loss": lambda: byol.byol_loss(f, f_ema, perm, lam).backward(),
