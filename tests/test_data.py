@@ -91,10 +91,10 @@ def test_describe(tmp_path, monkeypatch, dataset, domains, domain, own):
     assert "other scripts" in refused(common.describe, dataset, others)
 
 
-@pytest.mark.parametrize("dataset", ["nowhere", "nowhere.csv", "", "/dev/null", "/", "a\0b"])
+@pytest.mark.parametrize("dataset", ["nowhere", "nowhere.csv", "", "/dev/null", "a\0b"])
 def test_a_path_that_is_no_data_is_refused_first(dataset):
     for domains in (ALL, ("table",)):
-        assert "no such" in refused(common.describe, dataset, domains) or dataset == "/"
+        assert "no such" in refused(common.describe, dataset, domains)
 
 
 def test_load_takes_a_scripts_flags(tmp_path):
@@ -182,7 +182,7 @@ BAD_FILES = {  # content, and what the message holds
     "a NUL": ("p,\0,kind\n" + ROWS, "binary"), "zip": (b"PK\3\4\0\0" + bytes(99), "binary"),
     "parquet": (b"PAR1\x15\0\x15" + bytes(99), "binary"), "zeros": (bytes(99), "binary"),
     "utf-16": (TABLE.encode("utf-16"), "binary"), "latin": (TABLE.replace("a", "ä").encode(
-        "latin-1"), "UTF-8"), "all bytes": (bytes(range(256)) * 9, ""),
+        "latin-1"), "utf-8"), "all bytes": (bytes(range(256)) * 9, ""),
     "git-lfs": ("version https://git-lfs.github.com/spec/v1\noid sha256:5e\nsize 734\n", "git-lfs"),
     "sep=;": ("sep=;\n" + TABLE.replace(",", ";"), "sep=;"), "sep=,": ("sep=,\n" + TABLE, "sep=,"),
     "sep=; of two": ("sep=;\na;b\n" + "1;2\n" * 9, "sep=;"),
@@ -217,7 +217,7 @@ def test_files_that_are_no_table_are_refused(tmp_path, name):
             assert told in refused(common.load_table, str(path), "", CPU, label_column="kind")
         message = refused(load, path, content)
         assert str(path) in message and (told in message or path.suffix == ".gz")
-    assert "can't be read" in refused(common.load_table, str(tmp_path / "nowhere.csv"), "", CPU)
+    assert "nowhere.csv" in refused(common.load_table, str(tmp_path / "nowhere.csv"), "", CPU)
 
 
 def test_no_code_of_a_data_file_is_run(tmp_path):
@@ -258,7 +258,7 @@ def test_columns_by_kind(tmp_path, capsys):
     ("c", [f"A-{i}" for i in RNG.permutation(N)]), ("uuid", [f"{i}f2e" for i in range(N)])])
 def test_what_tells_the_row_is_left_out(tmp_path, capsys, name, values):
     data = load(tmp_path / "my.csv", {name: values, "noise": NOISE, "kind": KINDS})
-    assert data.groups == [1] and f"{name or 'Unnamed: 0'!r} (" in capsys.readouterr().out
+    assert data.groups == [1] and f"{name or 'Unnamed: 0'!r}: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, values", [
@@ -273,7 +273,7 @@ def test_a_real_feature_is_kept(tmp_path, name, values):
 def test_what_is_constant_is_left_out(tmp_path, capsys):
     for values in (np.full(N, 3), np.full(N, "same")):
         data = load(tmp_path / "my.csv", table([str(value) for value in values]))
-        assert data.groups == [1] and "'c' (constant)" in capsys.readouterr().out
+        assert data.groups == [1] and "'c': 'constant'" in capsys.readouterr().out
 
 
 NUMBERS = [  # how people write numbers, amounts and dates
@@ -287,7 +287,7 @@ UNUSABLE = {text: ([text.format(value, value) for value in WHOLE], "plain number
 UNUSABLE |= {text: ([text, *map(str, WHOLE[1:])], f"{text!r}") for text in (
     "None", "-", "x", "no garage", "unknown", "--", "n. a.", "$")}
 UNUSABLE |= {
-    "two marks": (["lost", "none", *map(str, WHOLE[2:])], "'lost' and 'none'"),
+    "two marks": (["lost", "none", *map(str, WHOLE[2:])], "'lost', 'none'"),
     "inf": ([np.inf, *NOISE[1:]], "infinite"), "-inf": ([-np.inf, *NOISE[1:]], "infinite"),
     "1e39": ([1e39, *NOISE[1:]], "infinite"), "1e400": (["1e400", *NOISE[1:]], "infinite"),
     "texts": ([f"t{i % 31}" for i in range(N)], "31"),
@@ -527,11 +527,6 @@ def test_digits_are_a_table_and_images_with_one_split():
     data = common.load_images("digits", "data", CPU)
     assert data.x_train.shape == (1437, 1, 8, 8) and data.x_train.max() == 255
     assert as_table.groups == [64] and torch.equal(data.y_test, as_table.y_test)
-    small = common.load_images("digits", "data", CPU, train_size=100)
-    assert len(small.x_train) == 100 and small.y_train.bincount().min() >= 9
-    for size in (5, 1430):
-        assert f"--train-size {size}" in refused(common.load_images, "digits", "", CPU,
-                                                 train_size=size)
 
 
 # ----------------------------------------------------------------------- folders
@@ -615,9 +610,9 @@ BAD_FOLDERS = {
     "train alone": (lambda path: shift(path, "train"), "train"),
     "test alone": (lambda path: shift(path, "Test", "ant"), "test"),
     "val and test": (lambda path: shift(path, "val", "test"), "train"),
-    "train within a class": (lambda path: shift(path, "cat/train", "cat/test"), "'t"),
+    "train within a class": (lambda path: shift(path, "cat/train", "cat/test"), "/t"),
     "val below": (lambda path: shift(path, "cat/a/Validation"), "Validation"),
-    "train in a single folder": (lambda path: shift(path, "set/train", "set/test"), "'t"),
+    "train in a single folder": (lambda path: shift(path, "set/train", "set/test"), "/t"),
     "a class in the test alone": (lambda path: (shift(path, "train", "test"), write_images(
         path / "test" / "more"), (path / "test" / "ant").rename(path / "test" / "cow")), "cow"),
     "one of a class": (lambda path: write_images(path, 1), ""),
@@ -887,8 +882,6 @@ def test_a_folder_of_recordings(tmp_path, capsys):
     assert ".mp3 1" in said and ".flac 1" in said and ".txt 1" in said
     assert sorted(tmp_path.rglob("*")) == before  # no file of ours
     assert data.view(data.x_train).shape == data.plain(data.x_train).shape == (16, 1, 32, 32)
-    small = load_speech(tmp_path, train_size=4)
-    assert small.y_train.bincount().tolist() == [2, 2]
     new = read_again(tmp_path, data)
     x = torch.cat([data.x_train, data.x_test])[torch.tensor(data.names.argsort())]
     assert torch.equal(new.x_train, x) and torch.equal(new.plain(x), data.plain(x))
