@@ -817,18 +817,12 @@ def test_recordings_that_are_no_wav_are_to_be_converted(tmp_path, kinds):
     assert ".wav" in message and "convert" in message and f".{kinds[0]} " in message
 
 
-def speech_commands(root, words):
-    """Speech Commands in small: of each word's 12 clips 1 is for validation and 3 for the test."""
-    folder = two_words(root / "SpeechCommands" / "speech_commands_v0.01", 12, words)
-    lists = {"validation": [3], "testing": [0, 7, 9]}
-    for part, indices in lists.items():
-        lines = "".join(f"{word}/{i}.wav\n" for word in words for i in indices)
-        write(folder / f"{part}_list.txt", lines)
-    return folder
-
-
 def test_the_papers_twelve_classes(tmp_path):
-    folder = speech_commands(tmp_path, ["bed", "go", "yes"])
+    words = ["bed", "go", "yes"]
+    folder = two_words(tmp_path / "SpeechCommands" / "speech_commands_v0.01", 12, words)
+    for part, clips in (("validation", [3]), ("testing", [0, 7, 9])):
+        lines = "".join(f"{word}/{i}.wav\n" for word in words for i in clips)
+        write(folder / f"{part}_list.txt", lines)
     data = common.load_speech("speech_commands", tmp_path, CPU)
     yes, go, unknown, silence = 0, 9, 10, 11
     train, test = (y.bincount(minlength=12) for y in (data.y_train, data.y_test))
@@ -837,7 +831,7 @@ def test_the_papers_twelve_classes(tmp_path):
     loudest = data.x_train.abs().amax(1)
     assert ((loudest == 0) == (data.y_train == silence)).all()
     assert data.spec["classes"][-2:] == ["unknown", "silence"] and not data.own
-    assert load_speech(folder).spec["classes"] == ["bed", "go", "yes"]  # named as a folder
+    assert load_speech(folder).spec["classes"] == words  # named as a folder
     (folder / "testing_list.txt").unlink()
     assert "testing_list.txt" in refused(common.load_speech, "speech_commands", tmp_path, CPU)
 
