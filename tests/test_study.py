@@ -29,7 +29,7 @@ def test_the_record_holds_runs_of_the_study_alone():
 
 def test_table_by_hand(monkeypatch):
     """Means and deviations of the seeds of which both runs are there."""
-    rows = [study.Row("N-pair", 8, 40, 3), study.Row("MoCo", 8, 40, 1, without="--n-plus-k"),
+    rows = [study.Row("N-pair", 8, 40, 3), study.Row("MoCo", 8, 40, 1, "0.2 -> 0", without="--n-plus-k"),
             study.Row("BYOL", 8, 40, 2)]
     monkeypatch.setattr(study, "STUDY", rows)
     accuracy = {
@@ -43,15 +43,15 @@ def test_table_by_hand(monkeypatch):
         "byol_imix.py --dataset covtype --width 8 --epochs 40 --seed 0": 0.7}
     assert set(accuracy) <= set(study.all_runs())
     assert study.table(accuracy).splitlines()[2:] == [
-        "| N-pair | 8 | 40 | 2 | 51.0 +- 1.4 | 61.0 +- 0.0 | +10.0 |",
-        "| MoCo, `--n-plus-k` without i-Mix | 8 | 40 | 1 | 60.0 | 58.8 | -1.2 |"]
+        "| N-pair | 8 | 40 | 0.2 | 2 | 51.0 +- 1.4 | 61.0 +- 0.0 | +10.0 |",
+        "| MoCo | 8 | 40 | 0.2 -> 0 | 1 | 60.0 | 58.8 | -1.2 |"]
 
 
 def test_losses_table_by_hand(monkeypatch):
     start = f"{study.SCRIPTS['digits']} --epochs 10 --loss"
     accuracy = {
         f"{start} supcon --alpha 0 --seed 0": 0.8, f"{start} supcon --alpha 0 --seed 1": 0.9,
-        f"{start} dare --alpha 0 --seed 2": 0.5, f"{start} dare --seed 2": 0.75}
+        f"{start} dare --alpha 0 --seed 1": 0.5, f"{start} dare --seed 1": 0.75}
     assert set(accuracy) <= set(study.all_runs())
     assert study.losses_table(accuracy).splitlines()[2:] == [
         "| `--loss supcon` | 2 | 85.0 +- 7.1 |  |", "| `--loss dare` | 1 | 50.0 | 75.0 |"]
@@ -68,9 +68,10 @@ def test_a_picture_by_hand():
 
 
 def test_finished_runs_are_skipped_and_stopped_ones_go_on(monkeypatch, tmp_path, capfd):
-    small = "npair_tabular.py --dataset digits --batch-size 128 --linear-epochs 2 --device cpu"
+    small = "npair_tabular.py --dataset digits --batch-size 128 --device cpu"
     monkeypatch.setattr(study, "SCRIPTS", {"N-pair": small})
     monkeypatch.setattr(study, "LOSSES", [])
+    monkeypatch.setattr(study, "ON_CARD", [])
     monkeypatch.setattr(study, "STUDY", [study.Row("N-pair", 8, 2, 1)])
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(study, "RECORD", tmp_path / "study.csv")
@@ -78,7 +79,7 @@ def test_finished_runs_are_skipped_and_stopped_ones_go_on(monkeypatch, tmp_path,
     monkeypatch.setattr("sys.argv", ["study.py"])
     study.main()
     shown = capfd.readouterr().out
-    assert shown.count("left") == 2 and "| N-pair | 8 | 2 | 1 |" in shown
+    assert shown.count("left") == 2 and "| N-pair | 8 | 2 | 0.2 | 1 |" in shown
     assert len(recorded()) == 2 and {row["date"] for row in recorded()} != {""}
     names = {path.name for path in study.PICTURES.iterdir()}
     assert names == {"loss.svg", "gain.svg"}
@@ -99,6 +100,7 @@ def test_finished_runs_are_skipped_and_stopped_ones_go_on(monkeypatch, tmp_path,
 def test_a_run_that_fails_is_named(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(study, "SCRIPTS", {"N-pair": "npair_tabular.py --dataset none.csv"})
     monkeypatch.setattr(study, "LOSSES", [])
+    monkeypatch.setattr(study, "ON_CARD", [])
     monkeypatch.setattr(study, "STUDY", [study.Row("N-pair", 1, 2, 1, with_imix=None)])
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(study, "RECORD", tmp_path / "study.csv")
