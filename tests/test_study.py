@@ -47,16 +47,6 @@ def test_table_by_hand(monkeypatch):
         "| MoCo | 8 | 40 | 0.2 -> 0 | 1 | 60.0 | 58.8 | -1.2 |"]
 
 
-def test_losses_table_by_hand(monkeypatch):
-    start = f"{study.SCRIPTS['digits']} --epochs 10 --loss"
-    accuracy = {
-        f"{start} supcon --alpha 0 --seed 0": 0.8, f"{start} supcon --alpha 0 --seed 1": 0.9,
-        f"{start} dare --alpha 0 --seed 1": 0.5, f"{start} dare --seed 1": 0.75}
-    assert set(accuracy) <= set(study.all_runs())
-    assert study.losses_table(accuracy).splitlines()[2:] == [
-        "| `--loss supcon` | 2 | 85.0 +- 7.1 |  |", "| `--loss dare` | 1 | 50.0 | 75.0 |"]
-
-
 def test_a_picture_by_hand():
     picture = study.svg([("loss", {"one": [(1, 2.0), (2, 4.0)], "two": [(1, 3.0), (2, 3.0)]})])
     root = xml.etree.ElementTree.fromstring(picture)
