@@ -79,9 +79,7 @@ STUDY = [
     Row("MoCo", 8, 150, 1, "0", without="--mask 0"),  # with i-Mix that is the recipe
     Row("BYOL", 8, 150, 1, "0", without="--mask 0"),
     Row("N-pair", 8, 40, 3),
-    Row("MoCo", 8, 40, 3, "0.2 -> 0"),
     Row("MoCo", 8, 40, 3, with_imix="--mask 0.2"),
-    Row("BYOL", 8, 40, 3, "0.2 -> 0"),
     Row("BYOL", 8, 40, 3, with_imix="--mask 0.2"),
     Row("N-pair", 8, 40, 3, flags="--supervised"),
     Row("N-pair", 8, 40, 3, flags="--supervised", with_imix="--alpha 0.2"),
