@@ -162,10 +162,10 @@ def all_runs():
 
 
 def mean(values):
-    """Mean +- standard deviation of accuracies, in %."""
+    """Mean and standard deviation of accuracies, in %."""
     text = f"{100 * statistics.mean(values):.1f}"
     if len(values) > 1:
-        text += f" +- {100 * statistics.stdev(values):.1f}"
+        text += f"\u00b1{100 * statistics.stdev(values):.1f}"
     return text
 
 
@@ -182,19 +182,19 @@ def gains(row, accuracy):
 
 def table(accuracy):
     """The README's table, of {run: test accuracy}."""
-    lines = ["| method | w | epochs | masking | seeds | without i-Mix | with i-Mix | gain |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = ["| method | epochs | masking | seeds | without i-Mix | with i-Mix | gain |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in ON_CARD + STUDY:
         if not pairs(row, accuracy):
             continue
         without, with_imix = zip(*pairs(row, accuracy))
-        method = row.method
+        method = row.method + (f", w = {row.width}" if row.width not in (8, None) else "")
         for flags in (row.flags, row.with_imix):
             if flags and "--mask" not in flags:
                 method += f", `{flags}`"
         gain = statistics.mean(gains(row, accuracy))
-        lines.append(f"| {method} | {row.width or ''} | {row.epochs} | {row.mask} | {len(without)} "
-                     f"| {mean(without)} | {mean(with_imix)} | {gain:+.1f} |")
+        lines.append(f"| {method} | {row.epochs} | {row.mask} | {len(without)} | {mean(without)} "
+                     f"| {mean(with_imix)} | {gain:+.1f} |")
     return "\n".join(lines)
 
 
