@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The study of the README: what i-Mix gains on CovType, and the further losses on digits.
+"""The study of the README: what i-Mix gains on CovType.
 
     python tests/study.py             # runs what is missing, then prints the tables
     python tests/study.py --only 40   # of these epochs
@@ -60,8 +60,7 @@ SCRIPTS = {
     "MoCo": "moco_imix.py --dataset covtype",
     "BYOL": "byol_imix.py --dataset covtype",
     "N-pair, CIFAR-10": "simclr_imix.py",
-    "N-pair, speech": "simclr_imix.py --dataset speech_commands",
-    "digits": "simclr_imix.py --dataset digits --arch resnet18 --batch-size 128"}
+    "N-pair, speech": "simclr_imix.py --dataset speech_commands"}
 ON_CARD = [
     Row("N-pair", 64, 500, 3),
     Row("MoCo", 64, 500, 3, "0.2 -> 0"),
@@ -84,11 +83,6 @@ STUDY = [
     Row("N-pair", 8, 40, 3, flags="--supervised"),
     Row("N-pair", 8, 40, 3, flags="--supervised", with_imix="--alpha 0.2"),
 ]
-LOSSES = [
-    Row("digits", None, 10, 2, flags=f"--loss {loss}", with_imix=with_imix)
-    for loss, with_imix in [
-        ("n-pair", ""), ("n-pair --supervised", ""), ("nt-xent", None), ("supcon", None),
-        ("triplet", ""), ("triplet --supervised", ""), ("barlow-twins", ""), ("dare", "")]]
 
 
 def folder(run):
@@ -155,7 +149,7 @@ def all_runs():
     """Every run of the study once, the first seeds first."""
     runs = []
     for seed in range(3):
-        for row in ON_CARD + STUDY + LOSSES:
+        for row in ON_CARD + STUDY:
             if seed < row.seeds:
                 runs += row.runs(seed)
     return list(dict.fromkeys(runs))
@@ -198,17 +192,6 @@ def table(accuracy):
     return "\n".join(lines)
 
 
-def losses_table(accuracy):
-    """The table of the losses on digits, of {run: test accuracy}; "" where there is none yet."""
-    lines = ["| flags | seeds | without i-Mix | with i-Mix |", "| --- | --- | --- | --- |"]
-    for row in LOSSES:
-        if found := pairs(row, accuracy):
-            cells = [mean(values) for values in zip(*found)]
-            with_imix = "" if len(cells) == 1 else cells[1]
-            lines.append(f"| `{row.flags}` | {len(found)} | {cells[0]} | {with_imix} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
-
-
 # ---------------------------------------------------------------------------- pictures
 def pictures(accuracy):
     """Write gain.svg, of the recipe at w = 8 by epochs, and loss.svg, of its longest runs."""
@@ -245,7 +228,7 @@ def main():
     work([run for run in runs if only is None or f"--epochs {only} " in run])
     accuracy = record()
     pictures(accuracy)
-    print(table(accuracy), losses_table(accuracy), sep="\n\n")
+    print(table(accuracy))
 
 
 if __name__ == "__main__":
