@@ -33,7 +33,7 @@ COLUMNS = ["run", "test_accuracy", "train_accuracy", "loss", "examples_per_s", "
 
 @dataclass
 class Row:
-    """A row of a table: for each seed a run without and, if there is that, a run with i-Mix."""
+    """A row of the table: for each seed a run without and a run with i-Mix."""
 
     method: str
     width: int | None
@@ -42,17 +42,14 @@ class Row:
     mask: str = "0.2"  # probability of masking: of both runs, or without -> with i-Mix
     flags: str = ""  # of both runs
     without: str = ""  # further ones of the run without i-Mix
-    with_imix: str | None = ""  # further ones of the run with i-Mix; None: there is none
+    with_imix: str = ""  # further ones of the run with i-Mix
 
     def runs(self, seed):
         """The command lines."""
         width = f"--width {self.width}" if self.width else ""
         flags = f"{width} --epochs {self.epochs} {self.flags}"
-        ends = [f"--alpha 0 {self.without}"]
-        if self.with_imix is not None:
-            ends.append(self.with_imix)
         return [" ".join(f"{SCRIPTS[self.method]} {flags} {end} --seed {seed}".split())
-                for end in ends]
+                for end in (f"--alpha 0 {self.without}", self.with_imix)]
 
 
 SCRIPTS = {

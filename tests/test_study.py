@@ -88,9 +88,9 @@ def test_finished_runs_are_skipped_and_stopped_ones_go_on(monkeypatch, tmp_path,
 def test_a_run_that_fails_is_named(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(study, "SCRIPTS", {"N-pair": "npair_tabular.py --dataset none.csv"})
     monkeypatch.setattr(study, "ON_CARD", [])
-    monkeypatch.setattr(study, "STUDY", [study.Row("N-pair", 1, 2, 1, with_imix=None)])
+    monkeypatch.setattr(study, "STUDY", [study.Row("N-pair", 1, 2, 1)])
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(study, "RECORD", tmp_path / "study.csv")
     study.work(study.all_runs())
     shown = capfd.readouterr().out
-    assert shown.count("ended with 2") == 1 and str(tmp_path / "runs") in shown
+    assert shown.count("ended with 2") == 2 and str(tmp_path / "runs") in shown
