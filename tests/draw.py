@@ -1,92 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Pictures in plain SVG: curves and dots over axes, and the README's picture of the idea.
+"""The README's picture of the idea, in plain SVG.
 
     python tests/draw.py    # writes tests/pictures/idea.svg
 """
 
-import csv
-import math
-from html import escape
 from pathlib import Path
 
-COLOURS = ["#888888", "#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2",
-           "#bcbd22", "#17becf"]
-WIDTH, HEIGHT = 380, 220  # of a panel, in pixels
 INK, BLUE, ORANGE = "#808080", "#3d85c6", "#e08a3c"  # to be seen on white and on black
 
 
-def read_log(run):
-    """The lines of a run's log.csv, of numbers; what is empty is left out."""
-    with open(run / "log.csv") as file:
-        return [{name: float(value) for name, value in line.items() if value}
-                for line in csv.DictReader(file)]
-
-
-def svg(panels, dots=False):
-    """Panels side by side, (title, {label: [(x, y), ...]}): lines over epochs, or dots and no axes.
-    """
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * len(panels)}" '
-             f'height="{HEIGHT}" font-family="sans-serif" font-size="11">',
-             '<rect width="100%" height="100%" fill="white"/>']
-    for i, (title, curves) in enumerate(panels):
-        parts.append(f'<g transform="translate({i * WIDTH})">'
-                     f'<text x="45" y="15" font-weight="bold">{escape(title)}</text>')
-        xs, ys = zip(*(point for points in curves.values() for point in points))
-        x_ticks, y_ticks = ticks((0, *xs)), ticks(ys)
-        if dots:
-            x_ticks, y_ticks = (min(xs), max(xs)), (min(ys), max(ys))
-        left, right, top, bottom = 45, WIDTH - 95, 25, HEIGHT - 35
-
-        def at(x, y):
-            across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-            up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-            return (round(left + across * (right - left), 1),
-                    round(bottom - up * (bottom - top), 1))
-
-        if not dots:
-            parts += axes(x_ticks, y_ticks, at)
-        for number, (label, points) in enumerate(curves.items()):
-            colour, points = COLOURS[number % len(COLOURS)], [at(*point) for point in points]
-            if not dots:
-                line = " ".join(f"{x},{y}" for x, y in points)
-                parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" '
-                             'stroke-width="1.5"/>')
-            if dots or len(points) < 10:
-                radius = 1.5 if dots else 3
-                parts += [f'<circle cx="{x}" cy="{y}" r="{radius}" fill="{colour}"/>'
-                          for x, y in points]
-            parts.append(f'<text x="{right + 10}" y="{top + 14 * (number + 1)}" fill="{colour}">'
-                         f'{escape(str(label)[:16])}</text>')
-        parts.append("</g>")
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def axes(x_ticks, y_ticks, at):
-    """Lines across a panel, and the numbers beside and below it."""
-    (left, bottom), (right, _) = at(x_ticks[0], y_ticks[0]), at(x_ticks[-1], y_ticks[0])
-    parts = [f'<text x="{right}" y="{HEIGHT - 5}" text-anchor="end">epoch</text>']
-    for tick in y_ticks:
-        y = at(x_ticks[0], tick)[1]
-        parts.append(f'<path d="M{left} {y}H{right}" stroke="#ddd"/>'
-                     f'<text x="{left - 5}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
-    for tick in x_ticks:
-        x = at(tick, y_ticks[0])[0]
-        parts.append(f'<text x="{x}" y="{bottom + 15}" text-anchor="middle">{tick:g}</text>')
-    return parts
-
-
-def ticks(values):
-    """Four to eight round numbers around values."""
-    low, high = min(values), max(values)
-    if low == high:
-        high += 1
-    unit = 10 ** math.floor(math.log10((high - low) / 4))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if (high - low) / (unit * factor) <= 5)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(k * step, 10) for k in range(first, last + 1)]
-
-
-# ---------------------------------------------------------------------------- the idea
 def idea():
     """i-Mix: two examples are mixed, and so are their virtual labels, two of N classes."""
     parts = []

@@ -6,7 +6,7 @@
 
 Runs lie in runs/study/; two go at a time, on one core each. On a card the paper's scale comes
 first, w = 64, three runs at a time. What is finished is skipped, what was stopped goes on.
-tests/study.csv keeps a line of every finished run, tests/pictures/ the pictures.
+tests/study.csv keeps a line of every finished run; tests/pictures/results.svg shows them.
 """
 
 import argparse
@@ -24,10 +24,9 @@ from pathlib import Path
 
 import torch
 
-from draw import read_log, svg
-
 ROOT = Path(__file__).parent.parent
-RUNS, RECORD, PICTURES = ROOT / "runs/study", ROOT / "tests/study.csv", ROOT / "tests/pictures"
+RUNS, RECORD = ROOT / "runs/study", ROOT / "tests/study.csv"
+PICTURE = ROOT / "tests/pictures/results.svg"
 COLUMNS = ["run", "test_accuracy", "train_accuracy", "loss", "examples_per_s", "torch", "date"]
 
 
@@ -131,7 +130,8 @@ def record():
         result = folder(run) / "result.json"
         if result.exists():
             values = json.loads((folder(run) / "config.json").read_text())
-            values |= read_log(folder(run))[-1] | json.loads(result.read_text())
+            *_, last = csv.DictReader((folder(run) / "log.csv").read_text().splitlines())
+            values |= last | json.loads(result.read_text())
             values |= {"run": run, "torch": torch.__version__,
                        "date": date.fromtimestamp(result.stat().st_mtime)}
             rows[run] = {name: values[name] for name in COLUMNS}
@@ -171,6 +171,14 @@ def gains(row, accuracy):
     return [100 * (with_imix - without) for without, with_imix in pairs(row, accuracy)]
 
 
+def title(row):
+    """A row's method, with its width and flags where they aren't the study's and the recipe's."""
+    flags = [f"`{flags}`" for flags in (row.flags, row.with_imix)
+             if flags and "--mask" not in flags]
+    width = [f"w = {row.width}"] if row.width not in (8, None) else []
+    return ", ".join([row.method, *width, *flags])
+
+
 def table(accuracy):
     """The README's table, of {run: test accuracy}."""
     lines = ["| method | epochs | masking | seeds | without i-Mix | with i-Mix | gain |",
@@ -179,39 +187,31 @@ def table(accuracy):
         if not pairs(row, accuracy):
             continue
         without, with_imix = zip(*pairs(row, accuracy))
-        method = row.method + (f", w = {row.width}" if row.width not in (8, None) else "")
-        for flags in (row.flags, row.with_imix):
-            if flags and "--mask" not in flags:
-                method += f", `{flags}`"
         gain = statistics.mean(gains(row, accuracy))
-        lines.append(f"| {method} | {row.epochs} | {row.mask} | {len(without)} | {mean(without)} "
+        lines.append(f"| {title(row)} | {row.epochs} | {row.mask} | {len(without)} | {mean(without)} "
                      f"| {mean(with_imix)} | {gain:+.1f} |")
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------- pictures
-def pictures(accuracy):
-    """Write gain.svg, of the recipe at w = 8 by epochs, and loss.svg, of its longest runs."""
-    panels, gain = [], {}
-    for method in SCRIPTS:
-        rows = [row for row in STUDY if row.method == method and row.width == 8 and
-                not (row.flags or row.without or row.with_imix) and pairs(row, accuracy)]
-        rows.sort(key=lambda row: row.epochs)
-        if not rows:
-            continue
-        gain[method] = [(row.epochs, statistics.mean(gains(row, accuracy))) for row in rows]
-        for seed in range(rows[-1].seeds):  # the curves of the first whose runs are here
-            runs = [folder(run) for run in rows[-1].runs(seed)]
-            if all((run / "result.json").exists() for run in runs):
-                curves = [[(line["epoch"], line["loss"]) for line in read_log(run)]
-                          for run in runs]
-                names = ["without i-Mix", "with i-Mix"]
-                panels.append((f"{method}: loss", dict(zip(names, curves))))
-                break
-    PICTURES.mkdir(exist_ok=True)
-    for name, content in (("gain", [("points that i-Mix gains", gain)]), ("loss", panels)):
-        if all(curves for _, curves in content) and content:
-            (PICTURES / f"{name}.svg").write_text(svg(content))
+def picture(accuracy):
+    """The table in SVG: a dot is a run, grey without and orange with i-Mix, at its accuracy."""
+    parts, rows = [], [row for row in ON_CARD + STUDY if pairs(row, accuracy)]
+    for percent in range(30, 90, 10):
+        x = 360 + 8 * (percent - 30)
+        parts.append(f'<path d="M{x} 20V{20 * len(rows) + 25}" stroke="#808080" opacity="0.3"/>'
+                     f'<text x="{x}" y="{20 * len(rows) + 40}" text-anchor="middle">'
+                     f'{percent} %</text>')
+    for i, row in enumerate(rows):
+        y, words = 30 + 20 * i, f"{title(row)}, {row.epochs} epochs, masking {row.mask}"
+        words = words.replace("`", "").replace("->", "\u2192")
+        parts.append(f'<text x="345" y="{y + 4}" text-anchor="end">{words}</text>')
+        for pair in pairs(row, accuracy):
+            for value, colour in zip(pair, ("#808080", "#e08a3c")):
+                x = 360 + 8 * (100 * value - 30)
+                parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="4" fill="{colour}"/>')
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" width="800" '
+                      f'height="{20 * len(rows) + 50}" font-family="sans-serif" font-size="12" '
+                      'fill="#808080">', *parts, "</svg>", ""])
 
 
 def main():
@@ -224,7 +224,7 @@ def main():
         runs = [run for run in runs if run not in too_large]
     work([run for run in runs if only is None or f"--epochs {only} " in run])
     accuracy = record()
-    pictures(accuracy)
+    PICTURE.write_text(picture(accuracy))
     print(table(accuracy))
 
 

@@ -46,14 +46,14 @@ def test_table_by_hand(monkeypatch):
         "| MoCo | 40 | 0.2 -> 0 | 1 | 60.0 | 58.8 | -1.2 |"]
 
 
-def test_a_picture_by_hand():
-    picture = study.svg([("loss", {"one": [(1, 2.0), (2, 4.0)], "two": [(1, 3.0), (2, 3.0)]})])
-    root = xml.etree.ElementTree.fromstring(picture)
-    lines = [line.get("points") for line in root.iter() if line.tag.endswith("polyline")]
-    texts = [text.text for text in root.iter() if text.tag.endswith("text")]
-    # Ticks 0, 0.5, ... 2 from 45 to 285 pixels across; 2, 2.5, ... 4 from 185 up to 25.
-    assert lines == ["165.0,185.0 285.0,25.0", "165.0,105.0 285.0,105.0"]
-    assert {"loss", "one", "two", "epoch", "0", "2", "2.5", "4"} <= set(texts)
+def test_a_picture_by_hand(monkeypatch):
+    monkeypatch.setattr(study, "STUDY", [study.Row("MoCo", 8, 40, 2)])
+    runs = study.STUDY[0].runs(0) + study.STUDY[0].runs(1)
+    root = xml.etree.ElementTree.fromstring(study.picture(dict(zip(runs, (0.4, 0.5, 0.3, 0.8)))))
+    dots = [(dot.get("cx"), dot.get("cy")) for dot in root.iter() if dot.tag.endswith("circle")]
+    texts = [(text.get("x"), text.text) for text in root.iter() if text.tag.endswith("text")]
+    assert dots == [("440.0", "30"), ("520.0", "30"), ("360.0", "30"), ("760.0", "30")]
+    assert ("440", "40 %") in texts and ("345", "MoCo, 40 epochs, masking 0.2") in texts
 
 
 def test_finished_runs_are_skipped_and_stopped_ones_go_on(monkeypatch, tmp_path, capfd):
@@ -63,14 +63,13 @@ def test_finished_runs_are_skipped_and_stopped_ones_go_on(monkeypatch, tmp_path,
     monkeypatch.setattr(study, "STUDY", [study.Row("N-pair", 8, 2, 1)])
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(study, "RECORD", tmp_path / "study.csv")
-    monkeypatch.setattr(study, "PICTURES", tmp_path / "pictures")
+    monkeypatch.setattr(study, "PICTURE", tmp_path / "results.svg")
     monkeypatch.setattr("sys.argv", ["study.py"])
     study.main()
     shown = capfd.readouterr().out
     assert shown.count("left") == 2 and "| N-pair | 2 | 0.2 | 1 |" in shown
     assert len(recorded()) == 2 and {row["date"] for row in recorded()} != {""}
-    names = {path.name for path in study.PICTURES.iterdir()}
-    assert names == {"loss.svg", "gain.svg"}
+    assert "<circle" in study.PICTURE.read_text()
 
     without, _ = study.all_runs()
     (study.folder(without) / "result.json").unlink()
