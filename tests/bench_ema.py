@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import byol_imix as byol
 import common
 import moco_imix as moco
-from bench_npair import DEVICE, GROUPS, N, ROWS, second_epoch, seconds, where
+from bench_npair import AMP, DEVICE, DTYPES, GROUPS, N, ROWS, second_epoch, seconds, where
 
 
 def main():
@@ -46,7 +46,8 @@ def main():
             nets.append(script.projection_head(D, D))
         return [net.to(DEVICE) for net in nets]
 
-    print(f"w = {flags.width}, N = {N}, K = {K}, {where()}, medians of {flags.rounds} rounds")
+    print(f"w = {flags.width}, N = {N}, K = {K}, {where()}, {DTYPES[AMP]}, "
+          f"medians of {flags.rounds} rounds")
     for script, own in ((moco, {"queue": K, "bn_groups": 1}), (byol, {})):
         model = nn.Sequential(*networks(script)[:2])
         ema = copy.deepcopy(model)

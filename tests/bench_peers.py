@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common
 import simclr_imix as simclr
-from bench_npair import DEVICE, where
-from bench_views import MEAN, STD, TwoImageViews, in_workers, smooth_images
+from bench_npair import AMP, DEVICE, DTYPES, in_workers, where
+from bench_views import MEAN, STD, TwoImageViews, smooth_images
 
 LIGHTLY = importlib.util.find_spec("lightly") is not None
 
@@ -171,8 +171,8 @@ def main():
             command = [sys.executable, __file__, *sizes, "--case", name, "--start"]
             output = subprocess.run([*command, str(time.time())], check=True, capture_output=True)
             values.append(json.loads(output.stdout))
-    print(f"SimCLR, resnet18, 32 x 32, batch {flags.batch_size}, {where()}, medians of "
-          f"{flags.rounds} rounds")
+    print(f"SimCLR, resnet18, 32 x 32, batch {flags.batch_size}, {where()}, {DTYPES[AMP]}, "
+          f"medians of {flags.rounds} rounds")
     for name, values in results.items():
         rate, memory, card, first_step = (statistics.median(value[key] for value in values)
                                           for key in ("rate", "memory", "card", "first_step"))

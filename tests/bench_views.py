@@ -26,16 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common
 import simclr_imix as simclr
-from bench_npair import DEVICE, bare_step, second_epoch, seconds, where
+from bench_npair import (AMP, CORES, DEVICE, DTYPES, bare_step, in_workers, second_epoch, seconds,
+                         where)
 
 MEAN, STD = common.CIFAR["cifar10"][1:]
-CORES = torch.get_num_threads()
-
-
-def in_workers(data, n):
-    """A DataLoader with a worker a core, as one would have it on a training machine."""
-    return torch.utils.data.DataLoader(data, n, shuffle=True, drop_last=True, num_workers=CORES,
-                                       persistent_workers=True)
 
 
 def smooth_images(n):
@@ -147,18 +141,19 @@ def main():
 
     steps = 32 if DEVICE.type == "cuda" else 2
     args = simclr.Args(epochs=2, warmup_epochs=0)
-    step = bare_step(networks(), view(resident[:n].repeat(2, 1, 1, 1)), args.temperature)
+    step, both = bare_step(networks(), args.temperature), view(resident[:n].repeat(2, 1, 1, 1))
     loader = common.TwoViews(resident.repeat(4, 1, 1, 1)[: steps * n], view, n)
-    step()
+    step(both)  # warms up
     bare, loop, views = [], [], []
     for _ in range(min(3, flags.rounds)):
-        bare.append(seconds(step, steps))
+        bare.append(seconds(lambda: step(both), steps))
         loop.append(second_epoch(simclr, networks(), loader, args))
         views.append(seconds(lambda: (view(resident[:n]), view(resident[:n])), 10))
     of_bare = statistics.median(a / b for a, b in zip(bare, loop))
     of_loop = statistics.median(a / b for a, b in zip(views, loop))
-    print(f"  pre-training step of resnet18: {n / statistics.median(loop):,.0f} examples/s, "
-          f"{of_bare:.1%} of the bare step's; views take {of_loop:.1%} of it", flush=True)
+    rate = n / statistics.median(loop)
+    print(f"  pre-training step of resnet18, {DTYPES[AMP]}: {rate:,.0f} examples/s, {of_bare:.1%} "
+          f"of the bare step's; views take {of_loop:.1%} of it", flush=True)
 
     clips = torch.randint(-9000, 9000, (max(2, CORES) * n, 16000), dtype=torch.int16)
     noise = torch.randn(20, 16000) / 9
