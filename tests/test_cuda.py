@@ -107,7 +107,7 @@ def test_pretrain(request, script, domain, options, amp):
 FAULTS = {  # what a loss might do to embeddings f, and what then fails
     "read a value": (lambda f: float(f.sum()), "'read', 'npair_tabular.n_pair_loss'"),
     "copy to the host": (lambda f: f.to("cpu"), "'_to_copy', 'npair_tabular.n_pair_loss'"),
-    "mix devices": (lambda f: f * torch.ones(len(f), 1), "at least two devices"),
+    "mix devices": (lambda f: f * torch.ones(len(f), 1), "two (different )?devices"),
     "index on the host": (lambda f: f[torch.arange(4)], "'index', 'npair_tabular.n_pair_loss'"),
     "select by a mask": (lambda f: f[f > 0], "nonzero"),
     "put by a mask": (lambda f: f.index_put((f > 0,), f), "'index_put', 'npair_tabular.n_pair"),
@@ -179,7 +179,6 @@ def test_batch_norm_is_that_of_all_processes(monkeypatch, request, script, domai
     assert seen == {"own" if groups else "synchronised"}
 
 
-@fake
 @pytest.mark.parametrize("device, env, index", [
     ("auto", {}, 0), ("cuda", {}, 0), ("cuda:1", {}, 1),
     ("auto", {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, 1)])
@@ -196,10 +195,11 @@ def test_each_process_takes_a_card(monkeypatch, script, device, env, index):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", cards.append)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: torch.ones(n))  # there is no such card
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **_: joined.append(args))
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(common, "load", load)
-    with fake_cuda(), pytest.raises(Stop) as stop:
+    with pytest.raises(Stop) as stop:
         script.main(["--dataset=digits", f"--device={device}"])
     assert stop.value.args == (torch.device("cuda", index),)
     assert cards == [torch.device("cuda", index)] and len(joined) == bool(env)
