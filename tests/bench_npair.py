@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How fast npair_tabular.py pre-trains, against the bare network step, in one run.
 
-    python tests/bench_npair.py --width 32
+    python tests/bench_npair.py    # w = 64 on a card, else 8
 
 Bare step: the networks, loss and SGD on resident tensors: no views, no mixing, nothing else. Real
 loop: pretrain(), with the shuffling loader, views, mixing and log, by its own clock; checkpoints,
@@ -107,7 +107,7 @@ class TwoRowViews(torch.utils.data.Dataset):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--width", type=int, default=64 if DEVICE.type == "cuda" else 8)
     parser.add_argument("--rounds", type=int, default=3)
     flags = parser.parse_args()
     width = flags.width

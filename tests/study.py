@@ -182,7 +182,7 @@ def title(row):
 def table(accuracy):
     """The README's table, of {run: test accuracy}."""
     lines = ["| method | epochs | masking | seeds | without i-Mix | with i-Mix | gain |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+             "|---|---|---|---|---|---|---|"]
     for row in ON_CARD + STUDY:
         if not pairs(row, accuracy):
             continue
