@@ -4,8 +4,8 @@
     python tests/study.py             # runs what is missing, then prints the tables
     python tests/study.py --only 40   # of these epochs
 
-Runs lie in runs/study/; two go at a time, on one core each. On a card the paper's scale comes
-first, w = 64, three runs at a time. What is finished is skipped, what was stopped goes on.
+Runs lie in runs/study/; two go at a time, on one core each. A card runs the paper's scale instead,
+w = 64, three at a time. What is finished is skipped, what was stopped goes on.
 tests/study.csv keeps a line of every finished run; tests/pictures/results.svg shows them.
 """
 
@@ -129,9 +129,8 @@ def record():
     for run in all_runs():
         result = folder(run) / "result.json"
         if result.exists():
-            values = json.loads((folder(run) / "config.json").read_text())
             *_, last = csv.DictReader((folder(run) / "log.csv").read_text().splitlines())
-            values |= last | json.loads(result.read_text())
+            values = last | json.loads(result.read_text())
             values |= {"run": run, "torch": torch.__version__,
                        "date": date.fromtimestamp(result.stat().st_mtime)}
             rows[run] = {name: values[name] for name in COLUMNS}
@@ -142,19 +141,19 @@ def record():
     return {run: float(row["test_accuracy"]) for run, row in rows.items()}
 
 
-def all_runs():
-    """Every run of the study once, the first seeds first."""
+def all_runs(rows=()):
+    """Every run of rows, by default of the study, once, the first seeds first."""
     runs = []
     for seed in range(3):
-        for row in ON_CARD + STUDY:
+        for row in rows or ON_CARD + STUDY:
             if seed < row.seeds:
                 runs += row.runs(seed)
     return list(dict.fromkeys(runs))
 
 
-def mean(values):
-    """Mean and standard deviation of accuracies, in %."""
-    text = f"{100 * statistics.mean(values):.1f}"
+def mean(values, sign="-"):
+    """Mean and standard deviation of accuracies, in %; sign "+": of what is gained."""
+    text = f"{100 * statistics.mean(values):{sign}.1f}"
     if len(values) > 1:
         text += f"\u00b1{100 * statistics.stdev(values):.1f}"
     return text
@@ -164,11 +163,6 @@ def pairs(row, accuracy):
     """The accuracies of a row's runs, of each of its seeds that has all."""
     seeds = [[accuracy.get(run) for run in row.runs(seed)] for seed in range(row.seeds)]
     return [seed for seed in seeds if None not in seed]
-
-
-def gains(row, accuracy):
-    """What i-Mix gains, in points, of each seed."""
-    return [100 * (with_imix - without) for without, with_imix in pairs(row, accuracy)]
 
 
 def title(row):
@@ -187,17 +181,17 @@ def table(accuracy):
         if not pairs(row, accuracy):
             continue
         without, with_imix = zip(*pairs(row, accuracy))
-        gain = statistics.mean(gains(row, accuracy))
+        gain = [b - a for a, b in pairs(row, accuracy)]
         lines.append(f"| {title(row)} | {row.epochs} | {row.mask} | {len(without)} | {mean(without)} "
-                     f"| {mean(with_imix)} | {gain:+.1f} |")
+                     f"| {mean(with_imix)} | {mean(gain, '+')} |")
     return "\n".join(lines)
 
 
 def picture(accuracy):
     """The table in SVG: a dot is a run, grey without and orange with i-Mix, at its accuracy."""
     parts, rows = [], [row for row in ON_CARD + STUDY if pairs(row, accuracy)]
-    for percent in range(30, 90, 10):
-        x = 360 + 8 * (percent - 30)
+    for percent in range(30, 110, 10):
+        x = 360 + 6 * (percent - 30)
         parts.append(f'<path d="M{x} 20V{20 * len(rows) + 25}" stroke="#808080" opacity="0.3"/>'
                      f'<text x="{x}" y="{20 * len(rows) + 40}" text-anchor="middle">'
                      f'{percent} %</text>')
@@ -207,7 +201,7 @@ def picture(accuracy):
         parts.append(f'<text x="345" y="{y + 4}" text-anchor="end">{words}</text>')
         for pair in pairs(row, accuracy):
             for value, colour in zip(pair, ("#808080", "#e08a3c")):
-                x = 360 + 8 * (100 * value - 30)
+                x = 360 + 6 * (100 * value - 30)
                 parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="4" fill="{colour}"/>')
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" width="800" '
                       f'height="{20 * len(rows) + 50}" font-family="sans-serif" font-size="12" '
@@ -218,10 +212,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--only", type=int, help="run those of so many epochs alone")
     only = parser.parse_args().only
-    runs = [run for run in all_runs() if not (folder(run) / "result.json").exists()]
-    if not torch.cuda.is_available():
-        too_large = [run for row in ON_CARD for seed in range(row.seeds) for run in row.runs(seed)]
-        runs = [run for run in runs if run not in too_large]
+    rows = ON_CARD if torch.cuda.is_available() else STUDY
+    runs = [run for run in all_runs(rows) if not (folder(run) / "result.json").exists()]
     work([run for run in runs if only is None or f"--epochs {only} " in run])
     accuracy = record()
     PICTURE.write_text(picture(accuracy))

@@ -42,7 +42,7 @@ def test_table_by_hand(monkeypatch):
         "byol_imix.py --dataset covtype --width 8 --epochs 40 --seed 0": 0.7}
     assert set(accuracy) <= set(study.all_runs())
     assert study.table(accuracy).splitlines()[2:] == [
-        "| N-pair | 40 | 0.2 | 2 | 51.0\u00b11.4 | 61.0\u00b10.0 | +10.0 |",
+        "| N-pair | 40 | 0.2 | 2 | 51.0\u00b11.4 | 61.0\u00b10.0 | +10.0\u00b11.4 |",
         "| MoCo | 40 | 0.2 -> 0 | 1 | 60.0 | 58.8 | -1.2 |"]
 
 
@@ -52,8 +52,8 @@ def test_a_picture_by_hand(monkeypatch):
     root = xml.etree.ElementTree.fromstring(study.picture(dict(zip(runs, (0.4, 0.5, 0.3, 0.8)))))
     dots = [(dot.get("cx"), dot.get("cy")) for dot in root.iter() if dot.tag.endswith("circle")]
     texts = [(text.get("x"), text.text) for text in root.iter() if text.tag.endswith("text")]
-    assert dots == [("440.0", "30"), ("520.0", "30"), ("360.0", "30"), ("760.0", "30")]
-    assert ("440", "40 %") in texts and ("345", "MoCo, 40 epochs, masking 0.2") in texts
+    assert dots == [("420.0", "30"), ("480.0", "30"), ("360.0", "30"), ("660.0", "30")]
+    assert ("420", "40 %") in texts and ("345", "MoCo, 40 epochs, masking 0.2") in texts
 
 
 def test_finished_runs_are_skipped_and_stopped_ones_go_on(monkeypatch, tmp_path, capfd):
