@@ -182,7 +182,7 @@ def table(accuracy):
             continue
         without, with_imix = zip(*pairs(row, accuracy))
         gain = [b - a for a, b in pairs(row, accuracy)]
-        lines.append(f"| {title(row)} | {row.epochs} | {row.mask} | {len(without)} | {mean(without)} "
+        lines.append(f"| {title(row)} | {row.epochs} | {row.mask} | {len(gain)} | {mean(without)} "
                      f"| {mean(with_imix)} | {mean(gain, '+')} |")
     return "\n".join(lines)
 
